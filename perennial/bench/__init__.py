@@ -1,0 +1,1 @@
+"""Workloads with a target, and fair comparison of methods on them."""

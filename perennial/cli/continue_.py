@@ -1,0 +1,89 @@
+"""Continue the pre-training of a checkpoint on new data without forgetting."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "continue a checkpoint on new data, with the recipe derived from its lineage"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run folder (its newest checkpoint)"
+    )
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="NAME=PATH", help="new data: raw text or a prepared corpus"
+    )
+    parser.add_argument("--tokens", required=True, metavar="N", help="budget: '2B tokens', '1e18 FLOPs' or '3 h'")
+    parser.add_argument("--out", required=True, metavar="RUN", help="run folder to make (or to resume)")
+    parser.add_argument(
+        "--replay",
+        action="append",
+        metavar="SHARE|NAME=PATH",
+        help="share of replayed old data ('25%%'; default: by the measured shift), or a corpus in its place",
+    )
+    parser.add_argument(
+        "--moved", action="append", default=[], metavar="NAME=PATH", help="where a corpus of the parent lies now"
+    )
+    parser.add_argument(
+        "--peak", type=float, metavar="RATE", help="learning rate to re-warm to (default: from the budget)"
+    )
+    parser.add_argument("--schedule", default="rewarm", metavar="NAME", help="rewarm (default), constant or infinite")
+    parser.add_argument("--optimizer-state", choices=["reset", "keep"], default="reset", help="moments of the parent")
+    parser.add_argument("--seed", type=int, help="default: the parent's + 1")
+    parser.add_argument("--text-field", default="text", help="field with the text in raw .jsonl or .parquet data")
+    parser.add_argument(
+        "--validation", default="1%", metavar="SHARE", help="share of raw documents kept for validation"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="derive and print the recipe and what it would do, then stop"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Derives the recipe, writes it into the run folder, and runs it."""
+    import json
+    from pathlib import Path
+
+    import yaml
+
+    from perennial.cli._names import named_paths
+    from perennial.train.continuing import continue_run
+    from perennial.train.recipe import describe
+
+    replay = args.replay or []
+    shares = [r for r in replay if "=" not in r]
+    result = continue_run(
+        Path(args.checkpoint),
+        named_paths("--data", args.data),
+        budget=args.tokens,
+        out=Path(args.out),
+        dry_run=args.dry_run,
+        text_field=args.text_field,
+        validation=args.validation,
+        stand_ins=named_paths("--replay", [r for r in replay if "=" in r]),
+        command=f"perennial continue {args.checkpoint} --tokens '{args.tokens}' --out {args.out}",
+        quiet=args.json,
+        replay=shares[-1] if shares else None,
+        moved=named_paths("--moved", args.moved),
+        peak=args.peak,
+        schedule=args.schedule,
+        optimizer_state=args.optimizer_state,
+        seed=args.seed,
+    )
+    if args.dry_run:
+        resolved = result.pop("resolved")
+        if args.json:
+            print(json.dumps({**result, "resolved": resolved.model_dump(mode="json")}, indent=2))
+        else:
+            print(
+                "".join(f"# {reason}\n" for reason in result["reasons"])
+                + yaml.safe_dump(result["recipe"], sort_keys=False)
+            )
+            print(describe(resolved))
+        return 0
+    if args.json:
+        print(json.dumps(result, indent=2))
+    return 0 if result["result"]["complete"] else 130

@@ -1,0 +1,124 @@
+"""Files that are whole or absent: atomic writes, checksums, manifests.
+
+A folder is written under a temporary name beside its place, synced, given a manifest of hashes last, and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from perennial.core.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    """The file's sha256 in hex; reads in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file so that readers see the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise explain(error, path) from error
+    sync(path.parent)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON (indented, keys in the given order) as `write_text` does."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    """The JSON in a file. Raises UserError that names `what` is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable {what}: {error}") from None
+
+
+def write_manifest(folder: Path, facts: dict[str, Any] | None = None, at: str = MANIFEST) -> dict[str, Any]:
+    """Syncs every file below `folder`, then writes their sizes and sha256 to `folder/at`, last of all."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / at):
+        sync(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest = {**(facts or {}), "files": files}
+    write_json(folder / at, manifest)
+    return manifest
+
+
+def verify_manifest(folder: Path, at: str = MANIFEST, what: str = "folder", checksums: bool = True) -> dict[str, Any]:
+    """Reads a manifest and checks every file it lists. Raises UserError naming the first missing or changed one."""
+    manifest: dict[str, Any] = read_json(folder / at, f"{what} manifest")
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder}: the {what} is incomplete: {name} is missing")
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise UserError(f"{folder}: the {what} is damaged: {name} has {size} bytes, {facts['bytes']} were written")
+        if checksums and sha256(path) != facts["sha256"]:
+            raise UserError(
+                f"{folder}: the {what} is damaged: {name} was changed after it was written (sha256 differs)"
+            )
+    return manifest
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Renames a finished folder into its place, durably."""
+    for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
+        sync(folder)
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a folder so that a kill halfway leaves only a temporary name, never half a folder."""
+    doomed = path.with_name(f".{path.name}.deleted.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def explain(error: OSError, path: Path) -> UserError | OSError:
+    """A full disk or a missing permission as a UserError that names the path; other errors as they are."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"{path}: the disk is full; nothing half-written is left. Free some space and run the same command again."
+        )
+    if error.errno == errno.EFBIG:
+        return UserError(f"{path}: cannot be written: the file size limit is reached")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"{path}: cannot be written: {error.strerror}")
+    return error

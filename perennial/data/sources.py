@@ -1,0 +1,187 @@
+"""Where the text comes from: the files below the inputs, which reader takes each, and their documents as one stream."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from perennial.core import plugins
+from perennial.core.errors import UserError
+from perennial.core.settings import raise_problems
+from perennial.data.documents import FILE_START, Document, Fields, Position
+from perennial.data.readers.base import Reader, absent_field
+
+AUTO = "auto"
+_METADATA_CHECK_DOCUMENTS = 1000
+_SKIPPED_FOLDERS = ("__pycache__",)
+
+
+class InputFile(NamedTuple):
+    """One file to read."""
+
+    path: Path
+    name: str
+    """What ids begin with: the path below the input folder, or the file's own name."""
+    size: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Input:
+    """One of the settings' inputs: a file or a folder, the reader for it, and what it held when it was surveyed."""
+
+    path: Path
+    reader: Reader
+    num_files: int
+    num_bytes: int
+    listing: str
+    """sha256 over name, size and modification time of every file."""
+
+    def files(self) -> Iterator[InputFile]:
+        """The files, in sorted order, one at a time: a folder may hold millions."""
+        if self.path.is_file():
+            yield _input_file(self.path, self.path.name)
+        else:
+            yield from (file for file in _walk(self.path, "") if self.reader.matches(file.name))
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        facts = {"path": str(self.path), "reader": plugins.dump(self.reader), "files": self.num_files}
+        return {**facts, "bytes": self.num_bytes, "listing": self.listing}
+
+
+class Place(NamedTuple):
+    """A place in the whole stream of documents: files that are done, and how far the next one is."""
+
+    file: int = 0
+    position: Position = FILE_START
+    done_bytes: int = 0
+    """Bytes on disk of the files that are done."""
+
+
+BEGINNING = Place()
+
+
+def survey(paths: Sequence[str | Path], reader: Reader | str) -> list[Input]:
+    """Looks at every file of the inputs. `reader` is 'auto', a reader's name, or a reader.
+
+    Raises UserError for what is missing, empty or of no known format.
+    """
+    if not paths:
+        raise UserError("inputs: at least one file or folder is needed")
+    if reader == AUTO:
+        return [_survey(Path(path), None) for path in paths]
+    built, problems = plugins.build("readers", reader, ("reader",))
+    raise_problems(problems, "inputs")
+    return [_survey(Path(path), built) for path in paths]
+
+
+def _survey(path: Path, reader: Reader | None) -> Input:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    chosen = reader or _choose_reader(path)
+    unknown = Input(path, chosen, 0, 0, "")
+    digest, num_files, num_bytes = hashlib.sha256(), 0, 0
+    for file in unknown.files():
+        digest.update(f"{file.name}\0{file.size}\0{file.modified_ns}\n".encode())
+        num_files += 1
+        num_bytes += file.size
+    if num_files == 0:
+        raise UserError(f"{path}: no file in this folder is for the reader '{plugins.name_of(chosen)}'")
+    if num_bytes == 0:
+        raise UserError(f"{path}: is empty")
+    return Input(path, chosen, num_files, num_bytes, digest.hexdigest())
+
+
+def _choose_reader(path: Path) -> Reader:
+    readers: dict[str, Reader] = {name: plugins.load("readers", name)() for name in plugins.names("readers")}
+    counts = dict.fromkeys(readers, 0)
+    for file in [_input_file(path, path.name)] if path.is_file() else _walk(path, ""):
+        for name, reader in readers.items():
+            counts[name] += reader.matches(file.name)
+    found = [name for name, count in counts.items() if count]
+    if len(found) == 1:
+        return readers[found[0]]
+    choices = ", ".join(readers)
+    if not found:
+        what = "the name does not say the format" if path.is_file() else "no file in this folder has a known suffix"
+        raise UserError(f"{path}: {what}; say how to read it with 'reader' (one of {choices}, or a dotted name)")
+    held = ", ".join(f"{counts[name]} for '{name}'" for name in found)
+    raise UserError(
+        f"{path}: the folder holds files for several readers ({held}); say which with 'reader', or name the files"
+    )
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[InputFile]:
+    """The files below a folder, sorted by name in each, without hidden ones; links to folders are not followed."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+    except PermissionError:
+        raise UserError(f"{folder}: no permission to read this folder") from None
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            if entry.name not in _SKIPPED_FOLDERS:
+                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+        elif entry.is_file():
+            yield _input_file(Path(entry.path), prefix + entry.name)
+
+
+def _input_file(path: Path, name: str) -> InputFile:
+    facts = path.stat()
+    return InputFile(path, printable(name), facts.st_size, facts.st_mtime_ns)
+
+
+def printable(name: str) -> str:
+    """A file name as Unicode text: bytes in it that are not UTF-8 are spelled out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def documents(inputs: Sequence[Input], fields: Fields, start: Place = BEGINNING) -> Iterator[tuple[Document, Place]]:
+    """Every document from `start` on, each with the place behind it. Raises UserError for a file without any."""
+    check = _MetadataCheck(fields) if start == BEGINNING else None
+    place, number = start, 0
+    for source in inputs:
+        for file in source.files():
+            number += 1
+            if number <= place.file:
+                continue
+            is_empty = place.position == FILE_START
+            for document, position in source.reader.read(file.path, file.name, fields, place.position):
+                is_empty = False
+                if check:
+                    check.see(document, source.reader)
+                yield document, Place(place.file, position, place.done_bytes)
+            if is_empty and file.path == source.path:
+                raise UserError(f"{file.path}: is empty: there is no document in it")
+            place = Place(place.file + 1, FILE_START, place.done_bytes + file.size)
+    if check:
+        check.finish()
+
+
+class _MetadataCheck:
+    """Raises UserError when none of the first documents has a metadata field: it is misspelt, not optional."""
+
+    def __init__(self, fields: Fields) -> None:
+        self._missing = set(fields.metadata)
+        self._documents = 0
+        self._first: tuple[Path, Reader] | None = None
+
+    def see(self, document: Document, reader: Reader) -> None:
+        if document.problem or not self._missing or self._documents >= _METADATA_CHECK_DOCUMENTS:
+            return
+        self._missing.difference_update(document.metadata)
+        self._first = self._first or (Path(document.file), reader)
+        self._documents += 1
+        if self._documents == _METADATA_CHECK_DOCUMENTS:
+            self.finish()
+
+    def finish(self) -> None:
+        if self._missing and self._first:
+            path, reader = self._first
+            field = min(self._missing)
+            raise UserError(f"{path}: {absent_field('metadata_fields', field, reader.fields(path))}")

@@ -1,0 +1,1 @@
+"""Tokenizers: opening a Hugging Face tokenizer folder, encoding with the fastest exact engine, training a new one."""

@@ -1,0 +1,1 @@
+"""The network: shape, forward pass, initialisation, parameter roles, cost in closed form, Hugging Face folders."""

@@ -1,0 +1,123 @@
+"""Causal attention, optionally held inside documents; one function, whatever kernel the device has.
+
+Shapes: B rows, T positions, H query heads, G key-value heads, R = H / G, K head width. Scores are q.k / sqrt(K).
+
+On a CPU in eager mode the products are batched matrix products over blocks of queries that skip the future, because
+torch's fused CPU kernel does not use the bf16 units and reaches less than half of the speed in either direction.
+Elsewhere it is torch's scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perennial.model.blocks import blocks, keeps_weights
+from perennial.model.operations import runs_by_hand
+
+
+def document_mask(segments_BT: Tensor | None) -> Tensor | None:
+    """Where a query (second dimension) may look, bool (B, T, T): the past of its own document. None: all the past."""
+    if segments_BT is None:
+        return None
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return same_BTT.tril()
+
+
+def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_BTT: Tensor | None) -> Tensor:
+    """Softmax-weighted values, shape (B, T, H, K). `mask_BTT` is `document_mask`'s.
+
+    Source: Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762, section 3.2.1; Ainslie et al. 2023, GQA,
+    arXiv 2305.13245, section 2.2, for key-value heads that R query heads share.
+    """
+    if runs_by_hand(q_BTHK):
+        return _in_blocks(q_BTHK, k_BTGK, v_BTGK, mask_BTT)
+    out_BHTK = F.scaled_dot_product_attention(
+        q_BTHK.transpose(1, 2),
+        k_BTGK.transpose(1, 2),
+        v_BTGK.transpose(1, 2),
+        attn_mask=None if mask_BTT is None else mask_BTT[:, None],
+        is_causal=mask_BTT is None,
+        enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
+    )
+    return out_BHTK.transpose(1, 2)
+
+
+def _in_blocks(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_BTT: Tensor | None) -> Tensor:
+    """Heads that share keys lie side by side, N = B G and M = T R (position first), so that keys are never repeated."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BTGK.shape[2]
+    q_NMK = q_BTHK.view(B, T, G, H // G, K).permute(0, 2, 1, 3, 4).reshape(B * G, T * (H // G), K)
+    k_NTK, v_NTK = (x.transpose(1, 2).reshape(B * G, T, K) for x in (k_BTGK, v_BTGK))
+    out_NMK = _AttentionOnCpu.apply(q_NMK, k_NTK, v_NTK, mask_BTT)[0]
+    return out_NMK.view(B, G, T, H // G, K).permute(0, 2, 1, 3, 4).reshape(B, T, H, K)
+
+
+class _AttentionOnCpu(torch.autograd.Function):
+    """P = softmax(S): dV = P' dO, dP = dO V', dS = P (dP - sum(dP P)), dQ = dS K / sqrt(K), dK = dS' Q / sqrt(K)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q_NMK: Tensor, k_NTK: Tensor, v_NTK: Tensor, mask_BTT: Tensor | None) -> tuple[Tensor, ...]:
+        out_NMK = torch.empty_like(q_NMK)
+        kept = []
+        for start, stop, rows in _blocks(q_NMK, k_NTK):
+            weights = _weights(q_NMK, k_NTK, mask_BTT, start, stop, rows)
+            out_NMK[:, rows] = torch.bmm(weights, v_NTK[:, :stop])
+            if keeps_weights(k_NTK.shape[1]):
+                kept.append(weights)
+        return out_NMK, *kept
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: tuple[Tensor, ...]
+    ) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        q, k, v, mask_BTT, *kept = ctx.saved_tensors
+        if d_out is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():  # a second derivative is asked for
+            every = slice(0, q.shape[1])
+            out = torch.bmm(_weights(q, k, mask_BTT, 0, k.shape[1], every), v)
+            return *torch.autograd.grad(out, (q, k, v), d_out, create_graph=True), None
+        d_out = d_out.contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for block, (start, stop, rows) in enumerate(_blocks(q, k)):
+            weights = kept[block] if kept else _weights(q, k, mask_BTT, start, stop, rows)
+            dv[:, :stop] += torch.bmm(weights.transpose(1, 2), d_out[:, rows])
+            d_weights = torch.bmm(d_out[:, rows], v[:, :stop].transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            dq[:, rows] = torch.bmm(d_scores, k[:, :stop])
+            dk[:, :stop] += torch.bmm(d_scores.transpose(1, 2), q[:, rows])
+        scale = q.shape[-1] ** -0.5
+        return dq.mul_(scale), dk.mul_(scale), dv, None
+
+
+def _blocks(q_NMK: Tensor, k_NTK: Tensor) -> list[tuple[int, int, slice]]:
+    """First position and end of each block of queries, and its rows in M."""
+    length = k_NTK.shape[1]
+    shared_by = q_NMK.shape[1] // length
+    return [(start, stop, slice(start * shared_by, stop * shared_by)) for start, stop in blocks(length)]
+
+
+def _weights(q_NMK: Tensor, k_NTK: Tensor, mask_BTT: Tensor | None, start: int, stop: int, rows: slice) -> Tensor:
+    """Attention weights of the queries at positions `start` to `stop` over the keys before `stop`."""
+    q, k_transposed, size = q_NMK[:, rows], k_NTK[:, :stop].transpose(1, 2), stop - start
+    scores = torch.baddbmm(q.new_empty(()), q, k_transposed, beta=0, alpha=q.shape[-1] ** -0.5)
+    if mask_BTT is None:  # only the block's own positions can lie in the future
+        future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1)
+        scores.view(len(q), size, -1, stop)[..., start:].masked_fill_(future[:, None], -torch.inf)
+    else:
+        hidden = ~mask_BTT[:, None, start:stop, None, :stop]
+        shape = (len(mask_BTT), len(q) // len(mask_BTT), size, q.shape[1] // size, stop)
+        scores.view(shape).masked_fill_(hidden, -torch.inf)
+    return torch.softmax(scores, dim=-1)

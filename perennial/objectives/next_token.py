@@ -1,0 +1,172 @@
+"""Predict each next token: cross entropy, with an optional z-loss that keeps the logits small.
+
+Formula: logits z_v = hidden . W_v; Z = sum_v exp(z_v); nats = ln Z - z_target;
+    total = sum over counted tokens of (nats + z_loss * (ln Z)^2).
+    Gradients, p_v = exp(z_v) / Z: d total / d z_v = p_v * (1 + 2 * z_loss * ln Z) - [v is the target].
+Source: z-loss: Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways", arXiv 2204.02311, section 5
+    (coefficient 1e-4); gradients made chunk by chunk in the forward pass: Hsu et al. 2024, "Liger Kernel: Efficient
+    Triton Kernels for LLM Training", arXiv 2410.10989, section 3.2; see also Wijmans et al. 2024, arXiv 2411.09009.
+Differs: the chunk is a fixed number of tokens, which on a CPU is chosen to stay in its cache.
+Limits: the head is one matrix without a bias; no second derivatives.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from perennial.objectives.base import IGNORED, LossSum, Objective
+
+if TYPE_CHECKING:
+    import torch
+
+    from perennial.objectives.base import LanguageModel, TensorBatch
+
+_CPU_CHUNK, _DEVICE_CHUNK = 512, 4096
+
+
+class NextToken(Objective):
+    """The usual objective. The logits of a whole batch never exist at once."""
+
+    EXAMPLES: ClassVar[list[dict[str, Any]]] = [{}, {"z_loss": 1e-2}, {"z_loss": 1e-4, "chunk_tokens": 7}]
+
+    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Coefficient of (ln Z)^2; 1e-4 in PaLM. Trained on, never reported."""
+    chunk_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens whose logits exist at once; by default 512 on a CPU, where it was fastest, and 4096 elsewhere."""
+
+    def loss(self, model: LanguageModel, batch: TensorBatch) -> LossSum:
+        """Sums over the batch; the gradients are ready when this returns, `backward` only scales them."""
+        hidden, targets = _flat(model, batch)
+        chunk = self._chunk(hidden)
+        total, nats = _function().apply(hidden, model.head_weight, targets, self.z_loss, chunk)
+        return LossSum(total, nats, (targets != IGNORED).sum())
+
+    def evaluate(self, model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of nats, count), without gradients and without z-loss."""
+        import torch
+
+        with torch.no_grad():
+            hidden, targets = _flat(model, batch)
+            nats, _ = _sums(hidden, model.head_weight, targets, chunk=self._chunk(hidden))
+            return nats, (targets != IGNORED).sum()
+
+    def _chunk(self, hidden: torch.Tensor) -> int:
+        return self.chunk_tokens or (_CPU_CHUNK if hidden.device.type == "cpu" else _DEVICE_CHUNK)
+
+
+def _flat(model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = model(batch.inputs, batch.segments)
+    return hidden.flatten(0, -2), batch.targets.flatten()
+
+
+def _product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype in which matrices are multiplied: autocast's, as a linear layer would."""
+    import torch
+
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _sums(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    chunk: int,
+    z_loss: float = 0.0,
+    grad_hidden: torch.Tensor | None = None,
+    grad_weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats, (ln Z)^2) summed over counted tokens; adds the gradients of `total` to the tensors given.
+
+    hidden (N, D), weight (V, D), targets (N,). Matrix products in `_product_dtype`, the rest in fp32 or wider.
+    """
+    import torch
+
+    dtype = _product_dtype(hidden, weight)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = max(1, min(chunk, len(targets)))
+    # Buffers are reused over the chunks: fresh pages would cost more than the arithmetic.
+    product = torch.empty(rows, len(weight), dtype=dtype, device=hidden.device)
+    logits = product if dtype == exact else torch.empty_like(product, dtype=exact)
+    shares = torch.empty_like(logits)
+    nats = torch.zeros((), dtype=exact, device=hidden.device)
+    squares = torch.zeros_like(nats)
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight = weight.to(dtype)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            states, target = hidden[part].to(dtype), targets[part].unsqueeze(1)
+            counted = target != IGNORED
+            target = target.where(counted, 0)
+            z = torch.mm(states, weight.T, out=product[: len(states)])
+            z = z if logits is product else logits[: len(states)].copy_(z)
+            p = torch.softmax(z, dim=-1, out=shares[: len(states)])
+            # The largest share is at least 1 / V, so its logarithm is safe where that of the target's may not be.
+            log_z = z.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log()
+            nats += ((log_z - z.gather(1, target)) * counted).sum()
+            if z_loss:
+                squares += (log_z.square() * counted).sum()
+                p *= 1 + 2 * z_loss * log_z
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_z = p.scatter_(1, target, p.gather(1, target) - 1)  # not scatter_add_: its order is not fixed on GPUs
+            grad_z = grad_z if dtype == exact else product[: len(states)].copy_(grad_z)
+            # Ignored rows are struck out of the narrow factors (D wide), not of the logits (V wide).
+            if grad_hidden is not None:
+                grad_hidden[part] = torch.mm(grad_z, weight).mul_(counted)
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_z.T, states * counted)
+    return nats, squares
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, in one pass where the dtypes allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+@functools.cache
+def _function() -> Any:
+    """The autograd function; made on first use, because recipes are validated without torch."""
+    import torch
+    from torch.autograd.function import once_differentiable
+
+    class HeadAndCrossEntropy(torch.autograd.Function):
+        """(total, nats) of hidden states, head and targets."""
+
+        @staticmethod
+        def forward(
+            ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, z_loss: float, chunk: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            wanted = ctx.needs_input_grad
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+            grad_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
+            nats, squares = _sums(
+                hidden,
+                weight,
+                targets,
+                chunk=chunk,
+                z_loss=z_loss,
+                grad_hidden=grad_hidden,
+                grad_weight=grad_weight,
+            )
+            ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+            ctx.mark_non_differentiable(nats)
+            return nats + z_loss * squares, nats
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad_total: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+            grads = [None if grad is None else grad * grad_total for grad in ctx.saved_tensors]
+            return (*grads, None, None, None)
+
+    return HeadAndCrossEntropy

@@ -1,0 +1,1 @@
+"""The parts of the report page, one file each; add a file and it appears."""

@@ -1,0 +1,137 @@
+"""Checkpoints: a Hugging Face folder with Perennial's state beside it, whole or absent.
+
+    checkpoints/<tokens>/config.json, model.safetensors, tokenizer files, generation_config.json
+                         perennial/state.json, optimizer.safetensors, lineage.json, manifest.json (hashes, written last)
+
+Everything is written and synced under a temporary name, then renamed; a kill at any instant leaves the checkpoints that
+were there and perhaps a temporary folder, which the next start removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from perennial.core import files
+from perennial.core.errors import UserError
+from perennial.core.lineage import LINEAGE_FILE, STATE_FOLDER, Lineage, checkpoints_of
+from perennial.data.tokenizers.folder import TokenizerFolder
+from perennial.model.huggingface import load_model, save_model
+from perennial.model.transformer import Transformer
+from perennial.optimizers.base import export_state, import_state
+from perennial.train.state import Progress
+
+MANIFEST = f"{STATE_FOLDER}/{files.MANIFEST}"
+_TEMPORARY = ".saving-"
+
+
+def save(
+    checkpoints: Path,
+    *,
+    model: Transformer,
+    optimizer: Any,
+    progress: Progress,
+    lineage: dict[str, Any],
+    recipe_hash: str,
+    tokenizer: TokenizerFolder,
+) -> Path:
+    """Writes the checkpoint for this progress and returns its folder. Raises UserError when the disk is full."""
+    final = checkpoints / str(progress.tokens)
+    if final.exists():  # a resumed run has come here again; what is there is the same
+        files.verify_manifest(final, MANIFEST, "checkpoint")
+        return final
+    temporary = checkpoints / f"{_TEMPORARY}{progress.tokens}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(temporary, model, optimizer, progress, lineage, recipe_hash, tokenizer)
+        files.publish(temporary, final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise files.explain(error, final) from error
+        if "os error 28" in str(error):  # safetensors' own error type for a full disk
+            raise files.explain(OSError(28, "No space left on device"), final) from error
+        raise
+    return final
+
+
+def _write(
+    folder: Path,
+    model: Transformer,
+    optimizer: Any,
+    progress: Progress,
+    lineage: dict[str, Any],
+    recipe_hash: str,
+    tokenizer: TokenizerFolder,
+) -> None:
+    state = folder / STATE_FOLDER
+    state.mkdir(parents=True)
+    save_model(
+        model, folder, extra_config={"eos_token_id": tokenizer.separator_id, "bos_token_id": tokenizer.separator_id}
+    )
+    tokenizer.copy_to(folder)
+    save_file(export_state(optimizer), state / "optimizer.safetensors")
+    (state / "optimizer.safetensors").chmod(0o644)
+    files.write_json(state / "state.json", {"recipe_hash": recipe_hash, **progress.to_json()})
+    files.write_json(state / LINEAGE_FILE, Lineage(checkpoint=_identity(folder), **lineage).model_dump(mode="json"))
+    files.write_manifest(folder, {"format": 1}, MANIFEST)
+
+
+def _identity(folder: Path) -> str:
+    digests = [files.sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Deletes what a kill in the middle of saving or pruning left behind."""
+    for path in checkpoints.glob(".*") if checkpoints.is_dir() else []:
+        if path.name.startswith(_TEMPORARY) or path.name.endswith(".tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(checkpoints: Path, keep: int, always: set[int]) -> None:
+    """Deletes all but the newest `keep` checkpoints and those whose tokens are in `always`."""
+    for path in checkpoints_of(checkpoints.parent)[:-keep]:
+        if int(path.name) not in always:
+            files.remove_tree(path)
+
+
+def verify(checkpoint: Path) -> None:
+    """Checks a checkpoint against its manifest; one without (from elsewhere) is left to the loader's own checks."""
+    if (checkpoint / MANIFEST).is_file():
+        files.verify_manifest(checkpoint, MANIFEST, "checkpoint")
+    elif (checkpoint / STATE_FOLDER).is_dir():
+        raise UserError(f"{checkpoint}: the checkpoint is incomplete: {MANIFEST} is missing")
+
+
+def load_weights(checkpoint: Path, device: torch.device) -> Transformer:
+    """The model of a verified checkpoint, in fp32. Raises UserError for a missing or altered file."""
+    verify(checkpoint)
+    return load_model(checkpoint, device=device)
+
+
+def load_optimizer(checkpoint: Path, optimizer: Any, *, strict: bool) -> tuple[list[str], list[str]]:
+    """Gives the optimizer the moments stored in a checkpoint; returns parameters kept and fresh."""
+    path = checkpoint / STATE_FOLDER / "optimizer.safetensors"
+    if not path.is_file():
+        if strict:
+            raise UserError(
+                f"{checkpoint}: the checkpoint is incomplete: {STATE_FOLDER}/optimizer.safetensors is missing"
+            )
+        return [], []
+    return import_state(optimizer, load_file(path), strict=strict)
+
+
+def load_progress(checkpoint: Path, recipe_hash: str) -> Progress:
+    """Where the run stood. Raises UserError when the checkpoint belongs to another recipe."""
+    data = files.read_json(checkpoint / STATE_FOLDER / "state.json", "checkpoint state")
+    if data.pop("recipe_hash") != recipe_hash:
+        raise UserError(
+            f"{checkpoint}: this checkpoint was written by another recipe than the run folder's resolved.json"
+        )
+    return Progress(**data)

@@ -1,0 +1,75 @@
+"""A checkpoint's validation losses on prepared corpora. The Python face of `perennial eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perennial.core import lineage as lineages
+from perennial.core.environment import limit_threads
+from perennial.core.errors import UserError
+from perennial.data.corpus import Corpus
+from perennial.data.tokenizers.folder import TokenizerFolder
+from perennial.evals.loss import evaluate, transfer
+from perennial.train.checkpoint import load_weights
+from perennial.train.precision import autocast, native_precision
+from perennial.train.session import measure_with
+
+
+def open_for(checkpoint: Path, data: Mapping[str, Path]) -> dict[str, Corpus]:
+    """Prepared corpora that were cut by the checkpoint's tokenizer. Raises UserError for any other."""
+    tokenizer = TokenizerFolder.open(checkpoint)
+    corpora = {name: Corpus.open(path) for name, path in data.items()}
+    for name, corpus in corpora.items():
+        if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"corpus '{name}' ({corpus.path}) was prepared with another tokenizer "
+                f"({corpus.tokenizer_fingerprint[:12]}) than the checkpoint's ({tokenizer.fingerprint[:12]}). "
+                f"Prepare it again with `--tokenizer {checkpoint}`."
+            )
+    return corpora
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    data: Mapping[str, Path],
+    *,
+    max_tokens: int | None = 65536,
+    sequence_length: int | None = None,
+    precision: str = "auto",
+    document_mask: bool = False,
+) -> dict[str, Any]:
+    """Losses of a checkpoint: {'checkpoint', 'corpora': {name: measures}, and forgetting/adaptation where known}.
+
+    sequence_length: None takes what the checkpoint was last trained with, else its context.
+    """
+    limit_threads()
+    corpora = open_for(checkpoint, data)
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    model = load_weights(checkpoint, device)
+    lineage = (
+        lineages.read(checkpoint) if (checkpoint / lineages.STATE_FOLDER / lineages.LINEAGE_FILE).is_file() else None
+    )
+    length = sequence_length or (lineage.stages[-1].sequence_length if lineage else model.config.context)
+    with autocast(native_precision(device) if precision == "auto" else precision, device):
+        measured = evaluate(
+            model,
+            corpora,
+            measure_with(model),
+            sequence_length=length,
+            max_tokens=max_tokens,
+            document_mask=document_mask,
+            device=device,
+        )
+    result: dict[str, Any] = {"checkpoint": str(checkpoint), "sequence_length": length, "corpora": measured}
+    if lineage is not None:
+        result["id"] = lineage.checkpoint
+        before = lineage.evaluation.get("before", {})
+        new = {s["name"] for s in lineage.runs()[-1][-1].sources if s["role"] == "fresh"}
+        old = [n for n in measured if n not in new]
+        if len(lineage.runs()) > 1 and before:
+            result["against_parent"] = transfer(before, measured, old, [n for n in measured if n in new])
+    return result

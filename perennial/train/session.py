@@ -1,0 +1,474 @@
+"""A run in memory: what the loop works with, built from a run folder, and everything it writes there."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from perennial.core import lineage as lineages
+from perennial.core import plugins
+from perennial.core.amounts import human, human_bytes, human_seconds
+from perennial.core.clock import Clock
+from perennial.core.environment import environment
+from perennial.core.errors import UserError
+from perennial.core.progress import Progress as ProgressLine
+from perennial.core.records import Recorder
+from perennial.core.seeds import derive
+from perennial.data.corpus import Corpus
+from perennial.data.loader import Loader
+from perennial.data.mixture import StageOrder
+from perennial.data.tokenizers.folder import TokenizerFolder
+from perennial.evals.loss import evaluate
+from perennial.model.config import ModelConfig
+from perennial.model.roles import role_of
+from perennial.model.transformer import Transformer, initialise
+from perennial.objectives.next_token import NextToken
+from perennial.optimizers.base import export_state, import_state
+from perennial.train import checkpoint
+from perennial.train.parallel import World, sum_values, wait_for_all
+from perennial.train.precision import autocast, matmul_rate
+from perennial.train.recipe import Resolved, ResolvedStage, stage_order
+from perennial.train.state import Progress, TrainState
+from perennial.train.step import TorchBatch, Update
+
+
+@dataclass
+class RunningStage:
+    """The parts that the current stage plugs into the loop."""
+
+    session: Session
+    stage: ResolvedStage
+    order: StageOrder
+    loader: Loader
+    schedule: Any
+    objective: Any
+
+    def close_stage(self) -> None:
+        """Turns the stage that just ended into a lineage record and moves on to the next."""
+        session, progress = self.session, self.session.state.progress
+        progress.finished.append(session.stage_record(self.stage, self.order, complete=True))
+        session.carried = export_state(session.state.optimizer)
+        progress.stage += 1
+        progress.row = progress.stage_tokens = 0
+        progress.stage_seconds = 0.0
+        progress.skipped_rows, progress.recent_losses = [], []
+
+
+class Session:
+    """Model, optimizer, data, records and console of one run on this process."""
+
+    def __init__(self, folder: Path, resolved: Resolved, world: World, *, quiet: bool = False) -> None:
+        self.folder, self.resolved, self.world = folder, resolved, world
+        self.checkpoints = folder / "checkpoints"
+        self.stopped = False
+        self.stop_requested = False
+        self.clock = Clock()
+        self.environment = environment()
+        self.corpora = _open_corpora(resolved)
+        self.by_fingerprint = {c.fingerprint: c for c in self.corpora.values()}
+        self.parent = lineages.read(Path(resolved.parent["path"])) if resolved.parent else None
+        self.tokenizer = self._open_tokenizer()
+        self.console = ProgressLine("train", total=resolved.tokens, unit="tokens", quiet=quiet or not world.is_main)
+        if world.is_main:
+            checkpoint.remove_leftovers(self.checkpoints)
+        wait_for_all(world)
+        saved = lineages.checkpoints_of(self.folder)
+        self.records = Recorder(folder / "events.jsonl" if world.is_main else None)
+        self._peak_flops = matmul_rate(resolved.precision, world.device)
+        self._board: Any = _open_board(folder) if resolved.tensorboard and world.is_main else None
+        self.state = self._restore(saved[-1]) if saved else self._begin()
+
+    # Starting
+
+    def _begin(self) -> TrainState:
+        """The state before the first update: the parent's weights, or new ones."""
+        if (self.folder / "events.jsonl").exists() and (self.folder / "events.jsonl").stat().st_size:
+            self.records.write("restart", tokens=0)  # killed before its first checkpoint
+        self.carried: dict[str, torch.Tensor] = {}
+        if self.resolved.parent:
+            path = Path(self.resolved.parent["path"])
+            model = checkpoint.load_weights(path, self.world.device)
+            moments = path / lineages.STATE_FOLDER / "optimizer.safetensors"
+            self.carried = load_file(moments) if moments.is_file() else {}
+        else:
+            model = Transformer(ModelConfig(**self.resolved.model)).to(self.world.device)
+            initialise(model, derive(self.resolved.seed, "model"))
+        self._record_run()
+        return TrainState(self._ready(model), None, Progress())
+
+    def _restore(self, path: Path) -> TrainState:
+        """The state that a checkpoint of this run holds."""
+        model = checkpoint.load_weights(path, self.world.device)
+        progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
+        self.carried = load_file(path / lineages.STATE_FOLDER / "optimizer.safetensors")
+        self.records.write("resume", tokens=progress.tokens)
+        self.console.note(f"resuming {self.folder} at {human(progress.tokens, 'tokens')} from {path}")
+        return TrainState(self._ready(model), None, progress)
+
+    def _ready(self, model: Transformer) -> Transformer:
+        model.train()
+        if self.resolved.compile:
+            model.compile()
+        return model
+
+    def _open_tokenizer(self) -> TokenizerFolder:
+        if self.resolved.parent:
+            return TokenizerFolder.open(Path(self.resolved.parent["path"]))
+        return TokenizerFolder.open(next(iter(self.corpora.values())).path / "tokenizer")
+
+    def _record_run(self) -> None:
+        self.records.write(
+            "run",
+            name=self.resolved.name,
+            recipe_hash=self.resolved.recipe_hash,
+            parameters=self.resolved.parameters,
+            flops_per_token=self.resolved.flops_per_token,
+            parent=self.resolved.parent,
+            processes=self.world.size,
+            precision=self.resolved.precision,
+            environment=self.environment,
+        )
+
+    def reload(self) -> None:
+        """Returns to the last checkpoint, in memory as on disk."""
+        path = lineages.checkpoints_of(self.folder)[-1]
+        restored = checkpoint.load_weights(path, self.world.device)
+        self.state.model.load_state_dict(restored.state_dict())
+        self.state.progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
+        self.carried = load_file(path / lineages.STATE_FOLDER / "optimizer.safetensors")
+        stage = self.resolved.stages[self.state.progress.stage]
+        self.state.optimizer = self._optimizer(stage)
+
+    # Stages
+
+    @contextlib.contextmanager
+    def open_stage(self) -> Iterator[RunningStage]:
+        """The current stage, with its optimizer in `self.state`; states the learning rate it starts at."""
+        progress = self.state.progress
+        stage = self.resolved.stages[progress.stage]
+        schedule = _component("schedules", stage.schedule)
+        if schedule.rate(0, stage.tokens) != stage.rate_start:
+            raise UserError(
+                f"{self.folder}/resolved.json: stage '{stage.name}' says that its learning rate starts at "
+                f"{stage.rate_start!r}, its schedule gives {schedule.rate(0, stage.tokens)!r}; the file was changed"
+            )
+        order = self._order(stage)
+        self.state.optimizer = self._optimizer(stage)
+        if progress.stage_tokens == 0:
+            self._record_stage(stage)
+        loader = Loader(
+            order,
+            self.by_fingerprint,
+            sequence_length=self.resolved.batch.sequence_length,
+            document_mask=self.resolved.document_mask,
+            separator_id=self.tokenizer.separator_id,
+        )
+        with loader:
+            yield RunningStage(self, stage, order, loader, schedule, _component("objectives", stage.objective))
+
+    def _order(self, stage: ResolvedStage) -> StageOrder:
+        drawn: dict[str, int] = {}
+        for record in self.state.progress.finished:
+            for source in record["sources"]:
+                drawn[source["name"]] = drawn.get(source["name"], 0) + source["rows"]
+        length = self.resolved.batch.sequence_length
+        return stage_order(stage.sources, self.by_fingerprint, self.resolved.seed, length, stage.name, drawn)
+
+    def _optimizer(self, stage: ResolvedStage) -> Any:
+        optimizer = _component("optimizers", stage.optimizer).build(self.state.model.named_parameters(), role_of)
+        if self.state.progress.stage_tokens > 0:
+            import_state(optimizer, self.carried, strict=True)
+        elif stage.optimizer_state == "keep" and self.carried:
+            kept, fresh = import_state(optimizer, self.carried, strict=False)
+            if fresh:
+                self.console.note(f"optimizer state: {len(kept)} parameters carried on, {len(fresh)} start anew")
+        return optimizer
+
+    def _record_stage(self, stage: ResolvedStage) -> None:
+        progress = self.state.progress
+        self.records.write(
+            "stage",
+            tokens=progress.tokens,
+            stage=stage.name,
+            index=progress.stage,
+            stage_tokens=stage.tokens,
+            schedule=stage.schedule,
+            rate_before=stage.rate_before,
+            rate_start=stage.rate_start,
+            optimizer=stage.optimizer,
+            optimizer_state=stage.optimizer_state,
+            objective=stage.objective,
+            sources=[{k: s[k] for k in ("name", "weight", "role", "corpus")} for s in stage.sources],
+        )
+        was = "" if stage.rate_before is None else f" (it was left at {stage.rate_before:.3g})"
+        self.console.note(f"stage {stage.name}: learning rate starts at {stage.rate_start:.3g}{was}")
+
+    def stage_record(self, stage: ResolvedStage, order: StageOrder, *, complete: bool) -> dict[str, Any]:
+        """The lineage record of the current stage as far as it has gone."""
+        progress, batch = self.state.progress, self.resolved.batch
+        rows = order.consumed(progress.row)
+        sources = []
+        for spec in order.specs:
+            drawn = rows[spec.name]
+            epochs = drawn / max(1, order.available_rows(spec.name))
+            tokens = drawn * batch.sequence_length
+            skipped = [order.draws(first, stop)[spec.name] for first, stop in progress.skipped_rows]
+            drawn_as = {"rows": drawn, "tokens": tokens, "epochs": round(epochs, 6), "skipped": skipped}
+            sources.append({**spec.to_json(), **drawn_as})
+        return lineages.StageRecord(
+            run=self.resolved.name,
+            stage=stage.name,
+            recipe_hash=self.resolved.recipe_hash,
+            parent=self.resolved.parent["checkpoint"] if self.resolved.parent else None,
+            seed=self.resolved.seed,
+            tokens=progress.stage_tokens,
+            complete=complete,
+            flops=progress.stage_tokens * self.resolved.flops_per_token,
+            seconds=round(progress.stage_seconds, 3),
+            sequence_length=batch.sequence_length,
+            batch_tokens=batch.tokens,
+            precision=self.resolved.precision,
+            schedule=stage.schedule,
+            rate_start=stage.rate_start,
+            rate_peak=stage.rate_peak,
+            rate_end=progress.rate,
+            optimizer=stage.optimizer,
+            objective=stage.objective,
+            sources=sources,
+            skipped_rows=[(a, b) for a, b in progress.skipped_rows],
+        ).model_dump(mode="json")
+
+    # After each update
+
+    def record_update(self, update: Update, rate: float, data_seconds: float, train_seconds: float) -> None:
+        """Writes the `train` event and the progress line; checks that the rate in effect is the rate asked for."""
+        progress = self.state.progress
+        for group in self.state.optimizer.param_groups:
+            assert group["lr"] == rate * group["rate_multiplier"], (
+                "the learning rate in effect is not the one asked for"
+            )
+        tokens = self.resolved.batch.tokens
+        speed = tokens / (data_seconds + train_seconds)
+        mfu = tokens * self.resolved.flops_per_token / train_seconds / (self._peak_flops * self.world.size)
+        self.records.write(
+            "train",
+            tokens=progress.tokens,
+            step=progress.updates,
+            stage=self.resolved.stages[progress.stage].name,
+            loss=update.loss,
+            rate=rate,
+            gradient_norm=update.gradient_norm,
+            tokens_per_second=round(speed, 1),
+            flops=progress.flops,
+            seconds=round(progress.seconds["train"], 4),
+            data_seconds=round(progress.seconds["data"], 4),
+            mfu=round(mfu, 4),
+            memory_bytes=memory_bytes(self.world.device),
+        )
+        if self._board is not None:
+            for name, value in (("loss", update.loss), ("rate", rate), ("gradient_norm", update.gradient_norm)):
+                self._board.add_scalar(f"train/{name}", value, progress.tokens)
+        self.console.update(
+            progress.tokens,
+            f"loss {update.loss:.3f}, rate {rate:.2e}, {human(speed, 'tokens/s')}, MFU {mfu:.0%}, "
+            f"{human_bytes(memory_bytes(self.world.device))}",
+        )
+
+    def after_update(self, update: Update, *, stage_done: bool) -> None:
+        """Evaluates, saves and stops when it is time."""
+        progress, resolved = self.state.progress, self.resolved
+        complete = progress.stage == len(resolved.stages)
+        if stage_done or self._due(resolved.evaluation_every_tokens):
+            self.evaluate("after" if complete else "during")
+        if stage_done or update.stop or self._due(resolved.checkpoint_every_tokens):
+            self.save()
+        if update.stop and not complete:
+            self.stopped = True
+            self.records.write("stop", tokens=progress.tokens, reason="asked to stop")
+            self.console.note(
+                f"stopped at {human(progress.tokens, 'tokens')}, saved; resume with: perennial train {self.folder}"
+            )
+
+    def _due(self, every: int | None) -> bool:
+        now = self.state.progress.tokens
+        return every is not None and now // every > (now - self.resolved.batch.tokens) // every
+
+    def evaluate(self, moment: str) -> dict[str, Any]:
+        """Measures every corpus's validation loss now, records and returns it."""
+        progress, resolved = self.state.progress, self.resolved
+        with self.clock.section("evaluate") as spent, autocast(resolved.precision, self.world.device):
+            corpora = evaluate(
+                self.state.model,
+                self.corpora,
+                measure_with(self.state.model),
+                sequence_length=resolved.batch.sequence_length,
+                max_tokens=resolved.evaluation_tokens,
+                document_mask=resolved.document_mask,
+                device=self.world.device,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                combine=lambda values: sum_values(values, self.world),
+            )
+        progress.seconds["evaluate"] += spent.seconds
+        progress.latest = {"tokens": progress.tokens, "corpora": corpora}
+        stage = resolved.stages[min(progress.stage, len(resolved.stages) - 1)].name
+        self.records.write(
+            "evaluation", tokens=progress.tokens, flops=progress.flops, stage=stage, moment=moment, corpora=corpora
+        )
+        if self._board is not None:
+            for name, values in corpora.items():
+                self._board.add_scalar(f"validation/{name}", values["nats_per_token"], progress.tokens)
+        text = ", ".join(f"{n} {v['nats_per_token']:.3f}" for n, v in corpora.items())
+        self.console.note(f"{moment} at {human(progress.tokens, 'tokens')}: validation loss {text}")
+        return corpora
+
+    def save(self) -> None:
+        """Writes a checkpoint of the present state and prunes old ones."""
+        progress = self.state.progress
+        error: BaseException | None = None
+        if self.world.is_main:
+            with self.clock.section("save") as spent:
+                try:
+                    path = checkpoint.save(
+                        self.checkpoints,
+                        model=self.state.model,
+                        optimizer=self.state.optimizer or self._optimizer(self.resolved.stages[progress.stage]),
+                        progress=progress,
+                        lineage=self._lineage(),
+                        recipe_hash=self.resolved.recipe_hash,
+                        tokenizer=self.tokenizer,
+                    )
+                    ends = {
+                        sum(s.tokens for s in self.resolved.stages[: i + 1]) for i in range(len(self.resolved.stages))
+                    }
+                    checkpoint.prune(self.checkpoints, self.resolved.checkpoint_keep, ends)
+                except UserError as failed:
+                    error = failed
+            if error is None:
+                progress.seconds["save"] += spent.seconds
+                self._record_consumed()
+                self.records.write(
+                    "checkpoint", tokens=progress.tokens, path=path.name, seconds=round(spent.seconds, 3)
+                )
+        if sum_values([float(error is not None)], self.world)[0]:
+            raise error or UserError("the main process could not save the checkpoint; its message says why")
+
+    def _record_consumed(self) -> None:
+        for record in self._stage_records():
+            sources = {s["name"]: {k: s[k] for k in ("rows", "tokens", "epochs")} for s in record["sources"]}
+            self.records.write("consumed", tokens=self.state.progress.tokens, stage=record["stage"], sources=sources)
+
+    def _stage_records(self) -> list[dict[str, Any]]:
+        progress = self.state.progress
+        records = list(progress.finished)
+        if progress.stage_tokens > 0:
+            stage = self.resolved.stages[progress.stage]
+            records.append(self.stage_record(stage, self._order(stage), complete=False))
+        return records
+
+    def _lineage(self) -> dict[str, Any]:
+        """Everything of the checkpoint's lineage but its id."""
+        progress = self.state.progress
+        after = progress.latest.get("corpora", {}) if progress.latest.get("tokens") == progress.tokens else {}
+        inherited = self.parent.corpora if self.parent else {}
+        own = {n: {k: f[k] for k in ("path", "fingerprint", "tokenizer")} for n, f in self.resolved.corpora.items()}
+        drawn = {s["fingerprint"] for r in self._stage_records() for s in r["sources"]}
+        return {
+            "stages": [
+                *(s.model_dump(mode="json") for s in (self.parent.stages if self.parent else [])),
+                *self._stage_records(),
+            ],
+            "evaluation": {"before": progress.before, "after": after},
+            "corpora": {**inherited, **{n: f for n, f in own.items() if n in inherited or f["fingerprint"] in drawn}},
+            "environment": self.environment,
+        }
+
+    def close(self) -> None:
+        """Ends the records and the progress line; harmless when they have ended already."""
+        self.records.close()
+        self.console.close()
+        if self._board is not None:
+            self._board.close()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Records that the run is complete."""
+        self.records.write("done", **summary)
+        spent = ", ".join(f"{k} {human_seconds(v)}" for k, v in summary["seconds"].items() if v >= 0.5)
+        self.console.note(f"done: {human(summary['tokens'], 'tokens')}, {summary['flops']:.3g} FLOPs ({spent})")
+
+    @contextlib.contextmanager
+    def stopping_on_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C ask the loop to save and stop after the current update; a second Ctrl-C stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+        def ask(number: int, frame: Any) -> None:
+            if self.stop_requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def measure_with(model: Any) -> Any:
+    """A function (inputs, targets, segments) -> (sum of nats, count) of plain next-token loss."""
+    objective = NextToken()
+    return lambda inputs, targets, segments: objective.evaluate(model, TorchBatch(inputs, targets, segments))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use: peak allocated on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            import resource
+
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _component(kind: str, data: dict[str, Any]) -> Any:
+    component, problems = plugins.build(kind, data)
+    assert not problems, problems
+    return component
+
+
+def _open_corpora(resolved: Resolved) -> dict[str, Corpus]:
+    corpora = {}
+    for name, facts in resolved.corpora.items():
+        corpus = Corpus.open(Path(facts["path"]), checksums=True)
+        if corpus.fingerprint != facts["fingerprint"]:
+            raise UserError(
+                f"corpus '{name}' ({facts['path']}) was changed since the run was planned: fingerprint "
+                f"{corpus.fingerprint[:12]}, planned {facts['fingerprint'][:12]}"
+            )
+        corpora[name] = corpus
+    return corpora
+
+
+def _open_board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("tensorboard: true needs the package tensorboard: pip install 'perennial[track]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))

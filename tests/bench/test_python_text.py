@@ -1,0 +1,192 @@
+"""The embedded text: prose without examples, code without docstrings, the same each time."""
+
+from __future__ import annotations
+
+import ast
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from perennial.bench.python_text import DOCUMENT_BYTES, code, extract, is_prose, is_table, paragraphs, parse, prose
+
+SOURCE = '''# Copyright somebody, licensed to somebody else.
+# All rights reserved.
+"""What this module is about, told in one long sentence that has enough words.
+
+A second paragraph, which also says a good deal about what one can do with it.
+
+    >>> add(1, 2)
+    3
+
+Use it as in the following example, which is the simplest one there could be::
+
+    total = add(1, 2)
+    print(total)
+
+After the example comes another paragraph with more words than eight of them.
+"""
+
+import os  # a comment stays
+
+
+class Shape:
+    """A shape is something that has an area, and perhaps also a name of its own."""
+
+    @property
+    def area(self):
+        """The area of this shape in square metres, as far as it has been measured."""
+        return 2 * self.height
+
+    def nothing(self):
+        """Does nothing at all, and says so in a docstring that is long enough here."""
+
+
+def short(): """On one line with the def, so it is left where it stands, as few are written so."""
+'''
+
+
+def _tree() -> ast.Module:
+    tree = parse(SOURCE)
+    assert tree is not None
+    return tree
+
+
+def test_prose_is_the_docstrings_without_the_examples() -> None:
+    found = prose(_tree())
+    assert len(found) == 8
+    assert found[0].startswith("What this module is about")
+    assert found[2] == "Use it as in the following example, which is the simplest one there could be:"
+    assert found[3].startswith("After the example")
+    assert found[5].startswith("The area of this shape")
+    assert ">>>" not in "".join(found)
+    assert "print(total)" not in "".join(found)
+
+
+def test_code_has_no_docstring_and_no_licence_and_still_parses() -> None:
+    text = "\n".join(code(_tree(), SOURCE.split("\n")))
+    assert "Copyright" not in text
+    assert "# a comment stays" in text
+    assert "What this module" not in text
+    assert "    def nothing(self):\n        pass\n" in text
+    again = ast.parse(text)
+    names = [n.name for n in ast.walk(again) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    assert sorted(names) == ["Shape", "area", "nothing", "short"]
+    assert not ast.get_docstring(again)
+
+
+def test_code_is_cut_where_definitions_begin() -> None:
+    source = "".join(f"@decorated\ndef function_{i}():\n    return {i}\n\n\n" for i in range(600))
+    tree = parse(source)
+    assert tree is not None
+    documents = list(code(tree, source.split("\n")))
+    assert len(documents) > 2
+    assert all(len(d.encode()) <= DOCUMENT_BYTES + 1 for d in documents)
+    assert all(d.startswith("@decorated\n") for d in documents)
+    assert "".join(documents).count("def function_") == 600
+
+
+def test_text_beyond_ascii_before_a_docstring() -> None:
+    source = 'class \u00c4rger:\n    """Ein Text \u00fcber \u00c4rger."""\n    x = "\u00fc"\n'
+    tree = parse(source)
+    assert tree is not None
+    assert list(code(tree, source.split("\n"))) == ['class \u00c4rger:\n    x = "\u00fc"\n']
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Too short.",
+        ">>> one two three four five six seven eight nine",
+        "| a table | has | bars | in | it | all | over |",
+        "1 2 3 4 5 6 7 8 9 10 11 12",
+        "x = a[0] + b[1] * c[2] / d[3] - e[4] % f[5]",
+        ".. note that this is a directive, it says",
+    ],
+)
+def test_what_is_not_prose(text: str) -> None:
+    assert not is_prose([text])
+
+
+def test_paragraphs_keep_their_inner_indentation() -> None:
+    text = textwrap.dedent("""
+        argument : int
+            The number of things that are wanted from the function when it is called.
+    """)
+    (found,) = paragraphs(text)
+    assert found.startswith("argument : int\n    The number")
+
+
+def test_fenced_code_is_left_out() -> None:
+    text = "Say it with one sentence that is made of some words:\n\n```python\nnot prose, for all its many words\n```\n"
+    assert len(list(paragraphs(text))) == 1
+
+
+def test_tables_of_data_are_recognised() -> None:
+    assert is_table("TABLE = [" + "0x1f, 12345, '\\x00', " * 200 + "]")
+    assert not is_table("def function(argument):\n    return argument.attribute\n" * 60)
+
+
+def test_source_that_does_not_parse_is_passed_over() -> None:
+    assert parse("def (:\n") is None
+    assert parse("x = '\0'") is None
+    assert parse("'\\d'") is not None  # an invalid escape is only a warning
+
+
+def test_extract_is_repeatable_and_skips_what_no_person_wrote(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    for name, content in {
+        "good/__init__.py": SOURCE,
+        "good/more.py": SOURCE.replace("area", "volume") * 3,
+        "good/tests/test_good.py": SOURCE.replace("area", "secret"),
+        "good/generated.py": "# Generated by a program, do not edit\n" + SOURCE.replace("area", "secret"),
+        "good/wide.py": SOURCE.replace("area", "secret") + "x = '" + "a" * 2000 + "'\n",
+        "other/__init__.py": SOURCE.replace("Shape", "Form"),
+    }.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(content)
+    (site / "good" / "latin.py").write_bytes(SOURCE.replace("area", "secret").encode() + b"# \xe9\n")
+    roots = [("good", site / "good"), ("other", site / "other")]
+    first = extract(tmp_path / "one", roots=roots, quiet=True)
+    second = extract(tmp_path / "two", roots=roots, quiet=True)
+    assert first.keys() == {"old", "new"}
+    for kind in first:
+        assert first[kind].read_bytes() == second[kind].read_bytes()
+        records = [json.loads(line) for line in first[kind].read_text().splitlines()]
+        assert {"id", "module", "text"} == set(records[0])
+        assert len({r["id"] for r in records}) == len(records)
+        assert "secret" not in first[kind].read_text()
+        assert str(tmp_path) not in first[kind].read_text()
+    old = first["old"].read_text()
+    assert old.count("A second paragraph") == 1, "what was said before is not said again"
+
+
+def test_extract_does_its_work_once(tmp_path: Path) -> None:
+    root = tmp_path / "package"
+    root.mkdir()
+    (root / "__init__.py").write_text(SOURCE)
+    paths = extract(tmp_path / "out", roots=[("package", root)], quiet=True)
+    facts = json.loads((tmp_path / "out" / "sources.json").read_text())
+    assert facts["old"]["bytes"] == sum(
+        len(json.loads(x)["text"].encode()) for x in paths["old"].read_text().splitlines()
+    )
+    stamp = paths["old"].stat().st_mtime_ns
+    (root / "__init__.py").unlink()
+    assert extract(tmp_path / "out", roots=[("package", root)], quiet=True) == paths
+    assert paths["old"].stat().st_mtime_ns == stamp
+
+
+def test_this_installation_has_enough_of_both(tmp_path: Path) -> None:
+    paths = extract(tmp_path, target_bytes=300_000, quiet=True)
+    facts = json.loads((tmp_path / "sources.json").read_text())
+    for kind, path in paths.items():
+        assert facts[kind]["bytes"] >= 300_000
+        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+        assert len(texts) == facts[kind]["documents"] > 30
+        assert max(len(t.encode()) for t in texts) < 40_000
+    old = "".join(json.loads(line)["text"] for line in paths["old"].read_text(encoding="utf-8").splitlines())
+    new = "".join(json.loads(line)["text"] for line in paths["new"].read_text(encoding="utf-8").splitlines())
+    for mark in ("self.", " = ", "\n    return "):
+        assert new.count(mark) / len(new) > 4 * old.count(mark) / len(old), f"{mark!r} should mark code"
+    assert old.count(" the ") / len(old) > 4 * new.count(" the ") / len(new)

@@ -1,0 +1,291 @@
+"""The contract of every objective found, on every one of its EXAMPLES; and next_token against the plain computation."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from perennial.core import plugins
+from perennial.objectives.base import IGNORED, Objective
+
+NAMES = plugins.names("objectives")
+CASES = [(name, i) for name in NAMES for i in range(len(plugins.load("objectives", name).EXAMPLES))]
+VOCABULARY, WIDTH = 23, 6
+
+
+class Model(torch.nn.Module):
+    """The least that an objective needs: hidden states from token ids, and a head, tied or not."""
+
+    def __init__(self, *, tied: bool, vocabulary: int = VOCABULARY, width: int = WIDTH) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Parameter(torch.randn(vocabulary, width))
+        self.matrix = torch.nn.Parameter(torch.randn(width, width) * width**-0.5)
+        if not tied:
+            self.head = torch.nn.Parameter(torch.randn(vocabulary, width))
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return getattr(self, "head", self.embedding)
+
+    def forward(self, inputs: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+        x = torch.nn.functional.linear(self.embedding[inputs], self.matrix)
+        return x if segments is None else x * (1 + segments.unsqueeze(-1))
+
+
+@dataclass
+class Batch:
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    segments: torch.Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Batch:
+        segments = None if self.segments is None else self.segments[start:stop]
+        return Batch(self.inputs[start:stop], self.targets[start:stop], segments)
+
+
+def batch(rows: int = 6, length: int = 5, ignored: float = 0.3) -> Batch:
+    torch.manual_seed(1)
+    inputs, targets = torch.randint(VOCABULARY, (2, rows, length))
+    targets = targets.masked_fill(torch.rand(rows, length) < ignored, IGNORED)
+    return Batch(inputs, targets, torch.arange(length).expand(rows, length) // 2)
+
+
+def settings(name: str, index: int) -> Objective:
+    example = plugins.load("objectives", name).EXAMPLES[index]
+    objective, problems = plugins.build("objectives", {"name": name, **example})
+    assert not problems, problems
+    return objective
+
+
+def gradients(model: Model) -> list[torch.Tensor]:
+    found = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    assert all(gradient is not None for gradient in found)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def assert_same(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float) -> None:
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, index: int, tied: bool) -> None:
+    model, data, objective = Model(tied=tied).double(), batch(), settings(name, index)
+    count = int((data.targets != IGNORED).sum())
+    expected, nats = None, None
+    for size in (6, 3, 2, 1):
+        parts = [objective.loss(model, data.rows(i, i + size)) for i in range(0, 6, size)]
+        for part in parts:
+            (part.total / count).backward()
+        assert sum(int(part.count) for part in parts) == count
+        measured, found = float(sum(part.nats for part in parts)), gradients(model)
+        if expected is None:
+            expected, nats = found, measured
+        assert measured == pytest.approx(nats, rel=1e-12)
+        assert_same(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_ignored_targets_contribute_nothing(name: str, index: int) -> None:
+    model, objective = Model(tied=False).double(), settings(name, index)
+    data = batch(rows=4, ignored=0.0)
+    masked = Batch(data.inputs, data.targets.clone(), data.segments)
+    masked.targets[2:] = IGNORED
+    whole, part = objective.loss(model, masked), objective.loss(model, data.rows(0, 2))
+    assert int(whole.count) == int(part.count) == 10
+    assert whole.nats.item() == pytest.approx(part.nats.item(), rel=1e-12)
+    assert whole.total.item() == pytest.approx(part.total.item(), rel=1e-12)
+    whole.total.backward()
+    found = gradients(model)
+    part.total.backward()
+    assert_same(found, gradients(model), 1e-12)
+
+    masked.targets[:] = IGNORED
+    nothing = objective.loss(model, masked)
+    nothing.total.backward()
+    assert int(nothing.count) == 0
+    assert float(nothing.total.detach()) == 0
+    assert all(not gradient.any() for gradient in gradients(model))
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_uniform_logits_give_the_logarithm_of_the_vocabulary(name: str, index: int) -> None:
+    model, data, objective = Model(tied=False), batch(), settings(name, index)
+    with torch.no_grad():
+        model.head.zero_()
+    loss = objective.loss(model, data)
+    assert loss.nats.item() / int(loss.count) == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_evaluate_is_the_reported_loss_without_gradients(name: str, index: int) -> None:
+    model, data, objective = Model(tied=True), batch(), settings(name, index)
+    loss, (nats, count) = objective.loss(model, data), objective.evaluate(model, data)
+    assert loss.total.requires_grad
+    assert not loss.nats.requires_grad
+    assert not nats.requires_grad
+    assert nats.item() == pytest.approx(loss.nats.item(), rel=1e-6)
+    assert int(count) == int(loss.count)
+    assert loss.nats.dtype == nats.dtype == torch.float32
+    assert loss.total.shape == nats.shape == ()
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_gradient_is_the_derivative(name: str, index: int) -> None:
+    model, data, objective = Model(tied=False).double(), batch(rows=3), settings(name, index)
+
+    def total(embedding: torch.Tensor, matrix: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        given = {"model.embedding": embedding, "model.matrix": matrix, "model.head": head}
+        return torch.func.functional_call(Wrapper(model, objective), given, (data,))
+
+    inputs = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+    assert torch.autograd.gradcheck(total, inputs, fast_mode=True)
+
+
+class Wrapper(torch.nn.Module):
+    """The objective's total as a module, so that its parameters can be swapped for others."""
+
+    def __init__(self, model: Model, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, data: Batch) -> torch.Tensor:
+        return self.objective.loss(self.model, data).total
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_same_after_a_round_trip_through_json(name: str, index: int) -> None:
+    objective = settings(name, index)
+    again, problems = plugins.build("objectives", json.loads(json.dumps(plugins.dump(objective))))
+    assert not problems
+    assert again == objective
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_component_is_documented_and_carries_examples(name: str) -> None:
+    component = plugins.load("objectives", name)
+    module = importlib.import_module(component.__module__)
+    assert module.__doc__ is not None
+    assert len(module.__doc__.splitlines()[0]) < 100
+    assert "\nSource: " in module.__doc__
+    assert "\nFormula: " in module.__doc__
+    assert len(component.EXAMPLES) >= 2
+    assert all(field.description for field in component.model_fields.values()), "a setting without its docstring"
+
+
+# next_token against the plain computation
+
+
+def plainly(model: Model, data: Batch, z_loss: float) -> torch.Tensor:
+    """The objective's total as one would write it, with all logits at once."""
+    logits = torch.nn.functional.linear(model(data.inputs, data.segments), model.head_weight).flatten(0, 1).float()
+    targets = data.targets.flatten()
+    log_z = torch.logsumexp(logits, dim=-1)
+    nats = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return nats + z_loss * (log_z.square() * (targets != IGNORED)).sum()
+
+
+def next_token(**given: Any) -> Objective:
+    objective, problems = plugins.build("objectives", {"name": "next_token", **given})
+    assert not problems, problems
+    return objective
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 30, None])
+def test_equals_the_plain_computation_in_fp32(tied: bool, z_loss: float, chunk_tokens: int | None) -> None:
+    model, data = Model(tied=tied), batch()
+    expected = plainly(model, data, z_loss)
+    (expected / 7).backward()
+    wanted = gradients(model)
+    loss = next_token(z_loss=z_loss, chunk_tokens=chunk_tokens).loss(model, data)
+    (loss.total / 7).backward()
+    torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-5)
+    assert_same(gradients(model), wanted, 1e-5)
+    if z_loss == 0:
+        assert loss.nats.item() == loss.total.item()
+
+
+def test_under_bf16_autocast_it_is_as_near_to_fp32_as_the_plain_computation() -> None:
+    model = Model(tied=False, vocabulary=300, width=32)
+    torch.manual_seed(2)
+    inputs, targets = torch.randint(300, (2, 16, 32))
+    data = Batch(inputs, targets)
+    plainly(model, data, 0.0).backward()
+    exact = gradients(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, loss = plainly(model, data, 0.0), next_token(chunk_tokens=100).loss(model, data)
+    plain.backward()
+    plain_error = max(float((g - e).norm() / e.norm()) for g, e in zip(gradients(model), exact, strict=True))
+    loss.total.backward()
+    own = gradients(model)
+    error = max(float((g - e).norm() / e.norm()) for g, e in zip(own, exact, strict=True))
+    assert 1e-4 < error < 1.5 * plain_error, "bf16 products are expected, and no more rounding than plain ones have"
+    assert all(gradient.dtype == torch.float32 for gradient in own)
+    assert loss.nats.dtype == torch.float32
+    assert loss.nats.item() == pytest.approx(plain.item(), rel=1e-4)
+
+
+def test_sure_and_hopeless_predictions_stay_finite() -> None:
+    model = Model(tied=False)
+    with torch.no_grad():
+        model.head.mul_(1e4)
+    data = batch()
+    loss = next_token(z_loss=1e-4).loss(model, data)
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+    assert all(torch.isfinite(g).all() for g in gradients(model))
+    expected = plainly(model, data, 0.0)
+    assert loss.nats.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_frozen_trunk_or_head_gets_no_gradient() -> None:
+    data = batch()
+    model = Model(tied=False)
+    model.head.requires_grad_(False)
+    next_token().loss(model, data).total.backward()
+    assert model.head.grad is None
+    assert model.matrix.grad is not None
+    model = Model(tied=False)
+    model.embedding.requires_grad_(False)
+    model.matrix.requires_grad_(False)
+    next_token().loss(model, data).total.backward()
+    assert model.head.grad is not None
+    assert model.matrix.grad is None
+
+
+def test_backward_may_run_twice() -> None:
+    model, data = Model(tied=True), batch()
+    total = next_token().loss(model, data).total
+    total.backward(retain_graph=True)
+    once = gradients(model)
+    total.backward()
+    assert_same(gradients(model), once, 0)
+
+
+def test_pure_bf16_weights_sum_their_gradient_in_fp32() -> None:
+    model, data = Model(tied=False).bfloat16(), batch(rows=400)
+    loss = next_token(chunk_tokens=1).loss(model, data)
+    loss.total.backward()
+    assert loss.nats.dtype == torch.float32
+    found = gradients(model)
+    next_token().loss(model.float(), data).total.backward()
+    assert found[2].dtype == torch.bfloat16
+    # Rounding 2000 products of both signs and one sum; summing 2000 times in bf16 would be off by far more.
+    assert (found[2].float() - model.head.grad).norm() < 0.02 * model.head.grad.norm()  # type: ignore[union-attr]
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    _, problems = plugins.build("objectives", {"name": "next_token", "z_loss": -1, "chunk_tokens": 0, "zloss": 1})
+    assert {problem.loc[0] for problem in problems} == {"z_loss", "chunk_tokens", "zloss"}
+    assert any("'z_loss'" in problem.message for problem in problems)
