@@ -8,7 +8,7 @@ tokens. Each is a recipe and a run folder; all are resumable, and running the de
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,15 @@ def compare_continuations(
     replay: str | None = None,
     peak: float = PEAK,
     batch: dict[str, int] | None = None,
+    further: Mapping[str, dict[str, Any]] | None = None,
     evaluation_tokens: int = 32768,
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> DemoResult:
     """Base, three continuations of `tokens` tokens each, and scratch on both at twice the tokens.
 
-    corpora: prepared 'old' and 'new'. Finished runs are not repeated; a run that is stopped ends the comparison early.
+    corpora: prepared 'old' and 'new'; further: more continuations, folder name -> choices of `derive`. Finished runs
+    are not repeated; a run that is stopped ends the comparison early.
     """
     out.mkdir(parents=True, exist_ok=True)
     rest: dict[str, dict[str, Any]] = {
@@ -120,6 +122,7 @@ def compare_continuations(
         ),
         ("(b) re-warmed, no replay", "b-rewarmed", update("b-rewarmed", replay="0%")),
         ("(c) default: re-warmed, re-decayed, replay", "c-default", update("c-default", replay=replay)),
+        *((f"({name})", name, update(name, **choices)) for name, choices in (further or {}).items()),
         ("(d) from scratch on both, twice the tokens", "d-scratch", scratch),
     ]
     return _run_all(out, plans, say, quiet)

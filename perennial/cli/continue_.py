@@ -30,7 +30,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--peak", type=float, metavar="RATE", help="learning rate to re-warm to (default: from the budget)"
     )
     parser.add_argument("--schedule", default="rewarm", metavar="NAME", help="rewarm (default), constant or infinite")
-    parser.add_argument("--optimizer-state", choices=["reset", "keep"], default="reset", help="moments of the parent")
+    parser.add_argument(
+        "--optimizer-state", choices=["keep", "reset"], default="keep", help="moments of the parent (default: keep)"
+    )
     parser.add_argument("--seed", type=int, help="default: the parent's + 1")
     parser.add_argument("--text-field", default="text", help="field with the text in raw .jsonl or .parquet data")
     parser.add_argument(

@@ -240,10 +240,11 @@ class State:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> State:
         """The inverse of `dataclasses.asdict` and JSON."""
-        file, position, done_bytes = data.pop("place")
+        file, position, done_bytes, checked, fields = data.pop("place")
         splits = {split: SplitState(**state) for split, state in data.pop("splits").items()}
+        place = Place(file, Position(*position), done_bytes, checked, tuple(fields))
         sample = Sample(**data.pop("sample"))
-        return cls(**data, place=Place(file, Position(*position), done_bytes), splits=splits, sample=sample)
+        return cls(**data, place=place, splits=splits, sample=sample)
 
     def note(self) -> str:
         """For the progress display."""

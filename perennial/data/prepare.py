@@ -237,6 +237,8 @@ class _Work:
         self._check_counts(state)
         if _listings(self.settings) != self.identity["inputs"]:
             raise UserError("inputs: files were changed while they were read; run the same command again")
+        for stale in self.partial.glob(".*.tmp"):  # a manifest that a kill kept from getting its name
+            stale.unlink()
         journal.export(self.partial / INDEX)
         self.tokenizer.copy_to(self.partial / _TOKENIZER)
         files.write_json(self.partial / files.MANIFEST, self._manifest(engine, state))

@@ -61,6 +61,10 @@ class Place(NamedTuple):
     position: Position = FILE_START
     done_bytes: int = 0
     """Bytes on disk of the files that are done."""
+    checked: int = 0
+    """Documents looked at for metadata fields that none of them has."""
+    fields: tuple[str, ...] = ()
+    """The metadata fields that were found in these."""
 
 
 BEGINNING = Place()
@@ -143,7 +147,6 @@ def printable(name: str) -> str:
 
 def documents(inputs: Sequence[Input], fields: Fields, start: Place = BEGINNING) -> Iterator[tuple[Document, Place]]:
     """Every document from `start` on, each with the place behind it. Raises UserError for a file without any."""
-    check = _MetadataCheck(fields) if start == BEGINNING else None
     place, number = start, 0
     for source in inputs:
         for file in source.files():
@@ -153,35 +156,30 @@ def documents(inputs: Sequence[Input], fields: Fields, start: Place = BEGINNING)
             is_empty = place.position == FILE_START
             for document, position in source.reader.read(file.path, file.name, fields, place.position):
                 is_empty = False
-                if check:
-                    check.see(document, source.reader)
-                yield document, Place(place.file, position, place.done_bytes)
+                place = _moved(place, position, document, fields, file, source.reader)
+                yield document, place
             if is_empty and file.path == source.path:
                 raise UserError(f"{file.path}: is empty: there is no document in it")
-            place = Place(place.file + 1, FILE_START, place.done_bytes + file.size)
-    if check:
-        check.finish()
+            if number == sum(source.num_files for source in inputs):
+                _check_metadata(place, fields, file, source.reader)
+            place = place._replace(file=number, position=FILE_START, done_bytes=place.done_bytes + file.size)
 
 
-class _MetadataCheck:
+def _moved(
+    place: Place, position: Position, document: Document, fields: Fields, file: InputFile, reader: Reader
+) -> Place:
+    """The place behind the document."""
+    if place.checked == _METADATA_CHECK_DOCUMENTS or len(place.fields) == len(fields.metadata) or document.problem:
+        return place._replace(position=position)
+    found = tuple(field for field in fields.metadata if field in place.fields or field in document.metadata)
+    place = place._replace(position=position, checked=place.checked + 1, fields=found)
+    if place.checked == _METADATA_CHECK_DOCUMENTS:
+        _check_metadata(place, fields, file, reader)
+    return place
+
+
+def _check_metadata(place: Place, fields: Fields, file: InputFile, reader: Reader) -> None:
     """Raises UserError when none of the first documents has a metadata field: it is misspelt, not optional."""
-
-    def __init__(self, fields: Fields) -> None:
-        self._missing = set(fields.metadata)
-        self._documents = 0
-        self._first: tuple[Path, Reader] | None = None
-
-    def see(self, document: Document, reader: Reader) -> None:
-        if document.problem or not self._missing or self._documents >= _METADATA_CHECK_DOCUMENTS:
-            return
-        self._missing.difference_update(document.metadata)
-        self._first = self._first or (Path(document.file), reader)
-        self._documents += 1
-        if self._documents == _METADATA_CHECK_DOCUMENTS:
-            self.finish()
-
-    def finish(self) -> None:
-        if self._missing and self._first:
-            path, reader = self._first
-            field = min(self._missing)
-            raise UserError(f"{path}: {absent_field('metadata_fields', field, reader.fields(path))}")
+    missing = [field for field in fields.metadata if field not in place.fields]
+    if missing and place.checked:
+        raise UserError(f"{file.path}: {absent_field('metadata_fields', missing[0], reader.fields(file.path))}")

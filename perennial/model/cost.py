@@ -7,6 +7,8 @@ torch's counter do; the backward pass costs twice the forward pass. So MFU state
 others publish.
 
 Memory is what an eager PyTorch step holds at its fullest, everything counted as if it existed at once.
+Limits: what the framework itself takes (50 to 100 MB on a CPU) and what the allocator holds back are not in it; with
+glibc's default settings a process was seen to grow to 1.5 to 1.8 times these figures.
 
 Symbols: D width, Q = heads x head_width, S = kv_heads x head_width, F mlp_width, V vocabulary_size, L layers, T
 sequence length, N tokens of a micro-batch.

@@ -399,7 +399,8 @@ def _same_corpus(name: str, corpus: Corpus, fingerprint: str) -> None:
     if corpus.fingerprint != fingerprint:
         raise UserError(
             f"corpora: '{name}' is also a corpus of the parent, with other content (fingerprint "
-            f"{corpus.fingerprint[:12]}, the parent's {fingerprint[:12]}). Give the new one another name, such as '{name}-2'."
+            f"{corpus.fingerprint[:12]}, the parent's {fingerprint[:12]}). Give the new one another name, such as "
+            f"'{name}-2'."
         )
 
 

@@ -60,7 +60,7 @@ def test_the_derived_recipe_follows_the_lineage(workspace: Any, base: Path) -> N
     assert stage.schedule["final"] == pytest.approx(parent.rate)
     assert stage.mixture == {"new": 0.75, "replay": 0.25}
     weak = derive(
-        checkpoint, {"new": workspace.new}, budget="1K tokens", base=Path(), name="u", shift=lambda: (2.0, 2.4)
+        checkpoint, {"new": workspace.new}, budget="1K tokens", base=Path(), name="u", shift=lambda: (2.0, 2.2)
     )
     assert weak.recipe.stages[0].mixture == {"new": 0.95, "replay": 0.05}
     assert weak.recipe.stages[0].schedule["peak"] >= parent.rate
