@@ -92,7 +92,7 @@ def main() -> None:
                 tokens=tokens,
                 preset=arguments.preset,
                 seed=10 * seed,
-                evaluation_tokens=131072,
+                evaluation_tokens=65536,
                 further=FURTHER,
             )
             if not result.complete:
