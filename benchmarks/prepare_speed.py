@@ -1,12 +1,13 @@
 """Speed and memory of `perennial prepare` against the bare batch encoding of Hugging Face `tokenizers`.
 
-    python benchmarks/prepare_speed.py [--corpus FILE] [--repeats 3] [--json FILE]
+    python benchmarks/prepare_speed.py [--corpus FILE ...] [--repeats 3] [--json FILE]
 
 Every measurement is a process of its own; the contenders take turns, so that noise of the machine meets all of them.
 `hf` encodes texts that are already in memory, in batches of 4 MB with `encode_batch_fast`, and throws the result away.
 `prepare` and `fallback` are everything from the compressed file to the synced, checksummed corpus, opening and checking
 the tokenizer included, imports excluded; `fallback` is the same with fastokens blocked. `hf` and `fallback` take the
-first 16 MiB of the corpus's text, `prepare` all of it. Needs ../shared/corpora; says so and stops where that is absent.
+first 16 MiB of the text (of several files, equal parts), `prepare` all of it.
+Needs ../shared/corpora; says so and stops where that is absent.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,17 @@ BATCH_BYTES = 4 << 20
 VOCABULARY_SIZE = 16384
 
 
-def cut_head(corpus: Path, head: Path) -> None:
-    """The first documents of the corpus, up to SLOW_BYTES of text."""
-    taken = 0
-    with gzip.open(corpus) as source, gzip.open(head, "wb", compresslevel=6) as target:
-        for line in source:
-            target.write(line)
-            taken += len(json.loads(line)["text"].encode())
-            if taken >= SLOW_BYTES:
-                return
+def cut_head(corpora: Sequence[Path], head: Path) -> None:
+    """The first documents of each file, up to SLOW_BYTES of text in all."""
+    with gzip.open(head, "wb", compresslevel=6) as target:
+        for corpus in corpora:
+            taken = 0
+            with gzip.open(corpus) as source:
+                for line in source:
+                    if taken >= SLOW_BYTES / len(corpora):
+                        break
+                    target.write(line)
+                    taken += len(json.loads(line)["text"].encode())
 
 
 def measure_hf(head: Path, tokenizer: Path) -> dict[str, float]:
@@ -62,7 +66,7 @@ def measure_hf(head: Path, tokenizer: Path) -> dict[str, float]:
     return {"seconds": seconds, "bytes": num_bytes}
 
 
-def measure_prepare(corpus: Path, tokenizer: Path, engine: str) -> dict[str, float]:
+def measure_prepare(corpora: Sequence[Path], tokenizer: Path, engine: str) -> dict[str, float]:
     """`prepare` from file to corpus; `engine` is the one that is expected to be used."""
     if engine == "tokenizers":
         sys.modules["fastokens"] = None  # type: ignore[assignment]  # importing it fails from here on
@@ -71,7 +75,7 @@ def measure_prepare(corpus: Path, tokenizer: Path, engine: str) -> dict[str, flo
 
     from perennial.data.prepare import PrepareSettings, prepare
 
-    settings = PrepareSettings(name="corpus", inputs=[str(corpus)], tokenizer=str(tokenizer))
+    settings = PrepareSettings(name="corpus", inputs=[str(corpus) for corpus in corpora], tokenizer=str(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         manifest = prepare(settings, Path(folder) / "out")
@@ -80,14 +84,14 @@ def measure_prepare(corpus: Path, tokenizer: Path, engine: str) -> dict[str, flo
     return {"seconds": seconds, "bytes": sum(split["bytes"] for split in manifest["splits"].values())}
 
 
-def measure(contender: str, corpus: Path, head: Path, tokenizer: Path) -> dict[str, float]:
+def measure(contender: str, tokenizer: Path, head: Path, *corpora: Path) -> dict[str, float]:
     """One measurement, in this process."""
     if contender == "hf":
         found = measure_hf(head, tokenizer)
     elif contender == "prepare":
-        found = measure_prepare(corpus, tokenizer, "fastokens")
+        found = measure_prepare(corpora, tokenizer, "fastokens")
     else:
-        found = measure_prepare(head, tokenizer, "tokenizers")
+        found = measure_prepare([head], tokenizer, "tokenizers")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"megabytes_per_second": found["bytes"] / 1e6 / found["seconds"], "peak_bytes": peak, **found}
 
@@ -101,25 +105,26 @@ def in_own_process(contender: str, *paths: Path) -> dict[str, float]:
     return found
 
 
-def compare(corpus: Path, repeats: int) -> dict[str, Any]:
+def compare(corpora: Sequence[Path], repeats: int) -> dict[str, Any]:
     """Medians over interleaved repeats, and their ratios to `hf`."""
     from perennial.data.tokenizers.train import train_tokenizer
 
     runs: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         head, tokenizer = Path(folder) / "head.jsonl.gz", Path(folder) / "tokenizer"
-        cut_head(corpus, head)
+        cut_head(corpora, head)
         train_tokenizer([head], tokenizer, vocabulary_size=VOCABULARY_SIZE)
         for _ in range(repeats):
             for contender in CONTENDERS:
-                runs[contender].append(in_own_process(contender, corpus, head, tokenizer))
+                runs[contender].append(in_own_process(contender, tokenizer, head, *corpora))
     medians = {
         contender: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for contender, found in runs.items()
     }
     base = medians["hf"]["megabytes_per_second"]
     ratios = {contender: medians[contender]["megabytes_per_second"] / base for contender in CONTENDERS}
-    return {"corpus": corpus.name, "cores": os.cpu_count(), "medians": medians, "ratio_to_hf": ratios, "runs": runs}
+    name = ", ".join(corpus.name.removesuffix(".jsonl.gz") for corpus in corpora)
+    return {"corpus": name, "cores": os.cpu_count(), "medians": medians, "ratio_to_hf": ratios, "runs": runs}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -134,17 +139,20 @@ def markdown(found: dict[str, Any]) -> str:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=CORPUS, help="a .jsonl.gz file with a field 'text'")
+    parser.add_argument(
+        "--corpus", type=Path, nargs="+", default=[CORPUS], metavar="FILE", help=".jsonl.gz files with a field 'text'"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         contender, *paths = args.measure
         print(json.dumps(measure(contender, *map(Path, paths))))
         return 0
-    if not args.corpus.is_file():
-        print(f"skipped: {args.corpus} is not there")
+    absent = [str(path) for path in args.corpus if not path.is_file()]
+    if absent:
+        print(f"skipped: {', '.join(absent)} is not there")
         return 0
     found = compare(args.corpus, args.repeats)
     print("| corpus | bare tokenizers | prepare | prepare without fastokens |\n|---|---|---|---|")

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from .workspace import workspace as workspace
+
 # Read when the libraries are loaded, also by the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "2")

@@ -21,6 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs or resumes the demo and prints its table."""
     import json
+    import math
     from pathlib import Path
 
     from perennial.bench.demo import Demo, run_demo
@@ -30,9 +31,14 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.old is None) != (args.new is None):
         raise UserError("--old and --new belong together: give both, or neither for the embedded text")
-    if args.minutes < 0.5:
+    if not 0.5 <= args.minutes < math.inf:
         raise UserError(f"--minutes {args.minutes}: at least 0.5 is needed to train anything")
+    for option, path in (("--old", args.old), ("--new", args.new)):
+        if path and not Path(path).exists():
+            raise UserError(f"{option} {path}: no such file or folder")
     out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file, the demo needs a folder")
     result = run_demo(
         Demo(
             out=out,

@@ -31,10 +31,10 @@ def examine() -> dict[str, Any]:
 
     import torch
 
-    from perennial.core.environment import environment, limit_threads, memory_bytes, package_version
+    from perennial.core.environment import environment, memory_bytes, package_version, tune_process
     from perennial.train.precision import matmul_rate, native_precision
 
-    limit_threads()
+    tune_process()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts: dict[str, Any] = {
         **environment(),

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         amount = parse(args.max_tokens, ("tokens", "share"))
     except ValueError as error:
         raise UserError(f"--max-tokens: {error}") from None
+    if amount.value == 0 or (amount.unit == "share" and amount.value != 1):
+        raise UserError(f"--max-tokens {args.max_tokens}: give tokens ('65536 tokens'), or '100%' for all")
     result = evaluate_checkpoint(
         newest_checkpoint(Path(args.checkpoint)),
         named_paths("--data", args.data),

@@ -81,12 +81,26 @@ def _guarded(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a file or the disk, not a bug; where it matters the message was made by hand
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"error: {_in_words(error)}", file=sys.stderr)
+        return 2
     except TrainingStopped as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         return 130
+
+
+def _in_words(error: OSError) -> str:
+    from perennial.core.files import explain
+
+    explained = explain(error, Path(os.fsdecode(error.filename)))
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if explained is error else str(explained)
 
 
 def _run(arguments: list[str]) -> int:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     from perennial.core.errors import UserError
     from perennial.core.progress import Progress
-    from perennial.core.settings import check, override, raise_problems
+    from perennial.core.settings import check, raise_problems
     from perennial.data.prepare import PrepareSettings, prepare
 
     if args.threads is not None:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         "validation": args.validation,
         "split_by": args.split_by,
         "against": args.against,
-        "filters": [override({"name": name}, pairs) for name, *pairs in map(str.split, args.filter)],
+        "filters": [_filter(text) for text in args.filter],
         "max_document_bytes": args.max_document_bytes,
     }
     settings, problems = check(PrepareSettings, {key: value for key, value in given.items() if value is not None})
@@ -79,6 +79,18 @@ def run(args: argparse.Namespace) -> int:
         manifest = prepare(settings, Path(args.out), progress=progress)
     print(json.dumps(manifest, indent=2) if args.json else _text(manifest, args.out))
     return 0
+
+
+def _filter(text: str) -> dict[str, Any]:
+    """'length min_bytes=200' as the settings of a filter."""
+    from perennial.core.errors import UserError
+    from perennial.core.settings import override
+
+    name, *pairs = text.split() or [""]
+    try:
+        return override({"name": name}, pairs)
+    except UserError as error:
+        raise UserError(f"--filter {text!r}: {error}") from None
 
 
 def _text(manifest: dict[str, Any], out: str) -> str:

@@ -11,7 +11,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file (.yaml), or an existing run folder to resume")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change a setting, as in stages.0.budget='2M tokens'"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="change a setting, as in stages.0.budget='2M tokens'",
     )
     parser.add_argument("--out", metavar="RUN", help="run folder (default: runs/<name of the recipe>)")
     parser.add_argument("--dry-run", action="store_true", help="validate and print what would be done, then stop")
@@ -25,19 +29,19 @@ def run(args: argparse.Namespace) -> int:
 
     from perennial.core.errors import UserError
     from perennial.train.recipe import describe, read
-    from perennial.train.run import plan, start, train
+    from perennial.train.run import plan, read_resolved, start, train
 
     path = Path(args.recipe)
-    if path.is_dir():
-        if args.overrides or args.out:
-            raise UserError(f"{path}: a run folder is resumed as it is; overrides and --out belong to a recipe file")
+    if path.is_dir() and (args.overrides or args.out):
+        raise UserError(f"{path}: a run folder is resumed as it is; overrides and --out belong to a recipe file")
+    recipe = None if path.is_dir() else read(path, args.overrides)
+    if args.dry_run:
+        resolved = plan(recipe, base=path.parent) if recipe else read_resolved(path)
+        print(resolved.model_dump_json(indent=2) if args.json else describe(resolved))
+        return 0
+    if recipe is None:
         result = train(path, quiet=args.json)
     else:
-        recipe = read(path, args.overrides)
-        if args.dry_run:
-            resolved = plan(recipe, base=path.parent)
-            print(resolved.model_dump_json(indent=2) if args.json else describe(resolved))
-            return 0
         result = start(recipe, Path(args.out or Path("runs") / recipe.name), base=path.parent, quiet=args.json)
     if args.json:
         print(json.dumps(result, indent=2))

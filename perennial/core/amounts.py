@@ -14,6 +14,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
+from perennial.core.errors import nearest
+
 _PATTERN = re.compile(r"^\s*([+-]?[\d_,]*\.?\d+(?:[eE][+-]?\d+)?|[+-]?[\d_,]+\.)\s*([A-Za-z%]*)\s*([A-Za-z]*)\s*$")
 _MULTIPLIERS = {"": 1.0, "K": 1e3, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _UNITS = {
@@ -80,7 +82,9 @@ def _with_unit(number: float, first: str, second: str, text: Any, wanted: str) -
     if first.lower() in _UNITS:
         unit, scale = _UNITS[first.lower()]
         return Amount(number * scale, unit)
-    raise ValueError(f"{text!r} has no unit; write it like {wanted}")
+    if first in _MULTIPLIERS:
+        raise ValueError(f"{text!r} has no unit; write it like {wanted}")
+    raise ValueError(f"unit {first!r} of {text!r} not understood; write it like {wanted}.{nearest(first, _UNITS)}")
 
 
 def _parser(*units: str) -> BeforeValidator:

@@ -5,6 +5,7 @@ A folder is written under a temporary name beside its place, synced, given a man
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -38,18 +39,19 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file so that readers see the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise explain(error, path) from error
-    sync(path.parent)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -81,17 +83,20 @@ def write_manifest(folder: Path, facts: dict[str, Any] | None = None, at: str = 
 def verify_manifest(folder: Path, at: str = MANIFEST, what: str = "folder", checksums: bool = True) -> dict[str, Any]:
     """Reads a manifest and checks every file it lists. Raises UserError naming the first missing or changed one."""
     manifest: dict[str, Any] = read_json(folder / at, f"{what} manifest")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{folder / at}: not a {what} manifest: it lists no files")
+    advice = f"Bring that file back from a copy, or make the {what} again."
     for name, facts in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{folder}: the {what} is incomplete: {name} is missing")
+            raise UserError(f"{folder}: the {what} is incomplete: {name} is missing. {advice}")
         size = path.stat().st_size
         if size != facts["bytes"]:
-            raise UserError(f"{folder}: the {what} is damaged: {name} has {size} bytes, {facts['bytes']} were written")
+            written = f"has {size} bytes, {facts['bytes']} were written"
+            raise UserError(f"{folder}: the {what} is damaged: {name} {written}. {advice}")
         if checksums and sha256(path) != facts["sha256"]:
-            raise UserError(
-                f"{folder}: the {what} is damaged: {name} was changed after it was written (sha256 differs)"
-            )
+            changed = "was changed after it was written (sha256 differs)"
+            raise UserError(f"{folder}: the {what} is damaged: {name} {changed}. {advice}")
     return manifest
 
 
@@ -112,13 +117,18 @@ def remove_tree(path: Path) -> None:
 
 
 def explain(error: OSError, path: Path) -> UserError | OSError:
-    """A full disk or a missing permission as a UserError that names the path; other errors as they are."""
+    """A full disk, a missing right or a file in the way as a UserError that names the path; others as they are."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"{path}: the disk is full; nothing half-written is left. Free some space and run the same command again."
         )
     if error.errno == errno.EFBIG:
-        return UserError(f"{path}: cannot be written: the file size limit is reached")
+        return UserError(
+            f"{path}: cannot be written: the limit for the size of a file is reached (see `ulimit -f`); nothing "
+            "half-written is left. Raise it and run the same command again."
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{path}: cannot be written: {error.strerror}")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{path}: cannot be written: there is a file where it needs a folder")
     return error

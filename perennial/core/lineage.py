@@ -120,7 +120,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 def newest_checkpoint(path: Path) -> Path:
     """`path` when it is a checkpoint, else the newest checkpoint of the run folder `path`. Raises UserError."""
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / STATE_FOLDER / LINEAGE_FILE).is_file():
         return path
     found = checkpoints_of(path)
     if not found:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from perennial.core.errors import UserError
+
 
 class Recorder:
     """Appends events to a file; a line torn by a kill is cut off when the file is opened again."""
@@ -63,7 +65,10 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def read(path: Path, *events: str) -> list[dict[str, Any]]:
-    """The run's events (of the given types, or all), without those that a later resume or rollback supersedes."""
+    """The run's events (of the given types, or all), without those that a later resume or rollback supersedes.
+
+    Raises UserError that names the line of what is no event.
+    """
     kept: list[dict[str, Any]] = []
     for record in _lines(path):
         if record["event"] == "restart":
@@ -77,7 +82,14 @@ def read(path: Path, *events: str) -> list[dict[str, Any]]:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    what = getattr(error, "msg", error)
+                    raise UserError(f"{path}: line {number}: not an event of a run: {what}") from None
+                if not isinstance(record, dict) or "event" not in record:
+                    raise UserError(f"{path}: line {number}: not an event of a run: it has no 'event'")
+                yield record

@@ -66,7 +66,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise UserError(f"{path}: not UTF-8: {where}; convert the file to UTF-8") from None
+    except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
         data = yaml.load(text, _LineLoader)
@@ -75,6 +78,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{path}: {where}not valid YAML: {getattr(error, 'problem', error)}") from None
+    if data is None:
+        raise UserError(f"{path}: is empty: there are no settings in it")
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a mapping of settings, not {type(data).__name__}")
     lines: dict[Loc, int] = {}
@@ -185,10 +190,18 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             target = _step_into(target, part, assignment)
         last = parts[-1]
         if isinstance(target, list):
-            target[_index(target, last, assignment)] = yaml.safe_load(value)
+            target[_index(target, last, assignment)] = _value(value, assignment)
         else:
-            target[last] = yaml.safe_load(value)
+            target[last] = _value(value, assignment)
     return result
+
+
+def _value(text: str, assignment: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        what = getattr(error, "problem", None) or error
+        raise UserError(f"override {assignment!r}: the value is not valid YAML: {what}") from None
 
 
 def _step_into(target: Any, part: str, assignment: str) -> Any:

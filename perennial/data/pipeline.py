@@ -87,8 +87,8 @@ class PrepareSettings(Settings):
     """Prepared corpora; documents that one of them has are dropped."""
     filters: list[_AnyFilter] = []
     """Documents for which one gives a reason are dropped."""
-    max_document_bytes: int = Field(default=4 << 20, ge=64, le=64 << 20)
-    """Longer documents are cut at paragraph ends, so that no document decides the memory needed."""
+    max_document_bytes: int = Field(default=1 << 20, ge=64, le=64 << 20)
+    """Longer documents are cut at paragraph ends. Encoding one can take 200 times its size in memory (tokenizers)."""
     shard_tokens: int = Field(default=1 << 28, ge=1)
     """A shard is full when the next document would take it over this many tokens."""
 

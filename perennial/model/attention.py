@@ -2,9 +2,9 @@
 
 Shapes: B rows, T positions, H query heads, G key-value heads, R = H / G, K head width. Scores are q.k / sqrt(K).
 
-On a CPU in eager mode the products are batched matrix products over blocks of queries that skip the future, because
-torch's fused CPU kernel does not use the bf16 units and reaches less than half of the speed in either direction.
-Elsewhere it is torch's scaled_dot_product_attention.
+In eager mode on a CPU the products are batched matrix products over blocks of queries that skip the future: forward and
+backward over rows of 256 tokens, torch's fused CPU kernel takes 2.3 times as long in bf16 and 1.3 times in fp32 (Zen 4,
+two threads). Elsewhere it is torch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations

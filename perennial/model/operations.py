@@ -22,9 +22,9 @@ def runs_by_hand(x: Tensor) -> bool:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of `x` run in: autocast's where it is on, else that of `x`."""
+    """The dtype of matrix products of `x`: autocast's where it is on (it leaves fp64 alone), else that of `x`."""
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -23,6 +23,26 @@ from perennial.model.operations import rms_norm, rotary_table, rotate
 from perennial.model.roles import role_of
 
 
+class Linear(nn.Linear):
+    """A matrix without bias whose weight is left to `initialise`.
+
+    Drawing torch's default first would cost time and, on the meta device, import its compiler (75 MB).
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """An embedding whose weight is left to `initialise`, as in `Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RmsNorm(nn.Module):
     """Root-mean-square norm with a gain per channel."""
 
@@ -42,10 +62,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         D, H, G, K = config.width, config.heads, config.kv_heads, config.head_width
         self.head_width = K
-        self.q_proj = nn.Linear(D, H * K, bias=False)
-        self.k_proj = nn.Linear(D, G * K, bias=False)
-        self.v_proj = nn.Linear(D, G * K, bias=False)
-        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.q_proj = Linear(D, H * K)
+        self.k_proj = Linear(D, G * K)
+        self.v_proj = Linear(D, G * K)
+        self.o_proj = Linear(H * K, D)
         self.q_norm = RmsNorm(K, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RmsNorm(K, config.norm_epsilon) if config.qk_norm else None
 
@@ -68,9 +88,9 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.mlp_width)
+        self.up_proj = Linear(config.width, config.mlp_width)
+        self.down_proj = Linear(config.mlp_width, config.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -99,7 +119,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocabulary_size, config.width)
+        self.embed_tokens = Embedding(config.vocabulary_size, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RmsNorm(config.width, config.norm_epsilon)
 
@@ -128,13 +148,12 @@ class Transformer(nn.Module):
         self.config = config
         with torch.device("meta"):  # no time for values that are written over, and no draw from the global generator
             self.model = Decoder(config)
-            head = nn.Linear(config.width, config.vocabulary_size, bias=False)
+            head = Linear(config.width, config.vocabulary_size)
             self.lm_head = None if config.tied_embeddings else head
-        self.to(dtype)
-        if device.type != "meta":
-            self.to_empty(device=device)
-            for parameter in self.parameters():
-                nn.init.zeros_(parameter)
+        # One by one: `to_empty` would import torch's decompositions, 36 MB of code that nothing else here needs.
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device)))
 
     def forward(self, inputs_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) after the last norm; position t sees tokens up to t, of its own segment when given.

@@ -221,23 +221,9 @@ def read_run(folder: Path) -> Run:
 
 def _events(path: Path) -> dict[str, list[dict[str, Any]]]:
     grouped: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for event in records.read(path):
-            grouped.setdefault(event["event"], []).append(event)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: line {_broken_line(path)}: not an event of a run: {error}") from None
+    for event in records.read(path):
+        grouped.setdefault(event["event"], []).append(event)
     return grouped
-
-
-def _broken_line(path: Path) -> int:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if "event" not in json.loads(line):
-                    return number
-            except (ValueError, TypeError):
-                return number
-    return 0
 
 
 def _incidents(path: Path) -> Iterable[dict[str, Any]]:

@@ -17,14 +17,16 @@ def show(path: Path, *, verify: bool = False) -> dict[str, Any]:
 
     verify: every file is also checked against the checksum in the manifest.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
     if (path / "resolved.json").is_file():
         return _run(path, verify)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / lineages.STATE_FOLDER / lineages.LINEAGE_FILE).is_file():
         return _checkpoint(path, verify)
     if (path / "manifest.json").is_file():
         return _corpus(path, verify)
+    if path.suffix == ".partial" or path.with_name(f"{path.name}.partial").exists():
+        return _corpus(path, verify)  # says that it was interrupted, and how to go on
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
     raise UserError(
         f"{path}: neither a prepared corpus (manifest.json), a checkpoint (config.json) nor a run (resolved.json)"
     )
@@ -44,11 +46,10 @@ def _corpus(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path, verify: bool) -> dict[str, Any]:
-    manifest = path / lineages.STATE_FOLDER / "manifest.json"
-    if verify and manifest.is_file():
+    if verify:
         verify_manifest(path, f"{lineages.STATE_FOLDER}/manifest.json", "checkpoint")
-    facts: dict[str, Any] = {"kind": "checkpoint", "path": str(path), "verified": verify and manifest.is_file()}
-    facts["config"] = read_json(path / "config.json", "model configuration")
+    facts: dict[str, Any] = {"kind": "checkpoint", "path": str(path), "verified": verify}
+    facts["config"] = _mapping(path / "config.json", "model configuration", ())
     if (path / lineages.STATE_FOLDER / lineages.LINEAGE_FILE).is_file():
         lineage = lineages.read(path)
         facts["lineage"] = lineage.model_dump(mode="json")
@@ -58,7 +59,7 @@ def _checkpoint(path: Path, verify: bool) -> dict[str, Any]:
 
 def _run(path: Path, verify: bool) -> dict[str, Any]:
     events = records.read(path / "events.jsonl")
-    resolved = read_json(path / "resolved.json", "resolved recipe")
+    resolved = _mapping(path / "resolved.json", "resolved recipe", ("name", "recipe_hash", "tokens", "stages"))
     done = any(e["event"] == "done" for e in events)
     last = next((e for e in reversed(events) if e["event"] == "train"), None)
     evaluations = [e for e in events if e["event"] == "evaluation"]
@@ -80,6 +81,16 @@ def _run(path: Path, verify: bool) -> dict[str, Any]:
         "checkpoints": [str(p) for p in checkpoints],
         "newest": _checkpoint(checkpoints[-1], verify) if checkpoints else None,
     }
+
+
+def _mapping(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError when it is another thing or lacks one of the keys."""
+    data = read_json(path, what)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: not a {what}: it must be a JSON object")
+    if lacking := [key for key in keys if key not in data]:
+        raise UserError(f"{path}: not a {what}: it lacks {', '.join(lacking)}")
+    return data
 
 
 def to_text(facts: dict[str, Any]) -> str:

@@ -10,11 +10,14 @@ were there and perhaps a temporary folder, which the next start removes.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from perennial.core import files
@@ -52,12 +55,20 @@ def save(
         files.publish(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise files.explain(error, final) from error
-        if "os error 28" in str(error):  # safetensors' own error type for a full disk
-            raise files.explain(OSError(28, "No space left on device"), final) from error
-        raise
+        explained = _explained(error, final)
+        if explained is error:
+            raise
+        raise explained from error
     return final
+
+
+def _explained(error: BaseException, final: Path) -> BaseException:
+    """A full disk or missing rights as a UserError that names the checkpoint; other errors as they are."""
+    found = error.__cause__ if isinstance(error, UserError) else error  # it names a file that is gone by now
+    number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    if number:  # safetensors has an error type of its own
+        found = OSError(int(number[1]), os.strerror(int(number[1])))
+    return files.explain(found, final) if isinstance(found, OSError) else error
 
 
 def _write(
@@ -101,12 +112,15 @@ def prune(checkpoints: Path, keep: int, always: set[int]) -> None:
             files.remove_tree(path)
 
 
-def verify(checkpoint: Path) -> None:
+def verify(checkpoint: Path, *, checksums: bool = True) -> None:
     """Checks a checkpoint against its manifest; one without (from elsewhere) is left to the loader's own checks."""
     if (checkpoint / MANIFEST).is_file():
-        files.verify_manifest(checkpoint, MANIFEST, "checkpoint")
+        files.verify_manifest(checkpoint, MANIFEST, "checkpoint", checksums)
     elif (checkpoint / STATE_FOLDER).is_dir():
-        raise UserError(f"{checkpoint}: the checkpoint is incomplete: {MANIFEST} is missing")
+        raise UserError(
+            f"{checkpoint}: the checkpoint is incomplete: {MANIFEST} is missing. Bring that file back from a copy, or "
+            "take another checkpoint."
+        )
 
 
 def load_weights(checkpoint: Path, device: torch.device) -> Transformer:
@@ -132,6 +146,7 @@ def load_progress(checkpoint: Path, recipe_hash: str) -> Progress:
     data = files.read_json(checkpoint / STATE_FOLDER / "state.json", "checkpoint state")
     if data.pop("recipe_hash") != recipe_hash:
         raise UserError(
-            f"{checkpoint}: this checkpoint was written by another recipe than the run folder's resolved.json"
+            f"{checkpoint}: this checkpoint was written by another recipe than the run folder's resolved.json; bring "
+            "it back to the run that it belongs to."
         )
     return Progress(**data)

@@ -7,6 +7,7 @@ Every choice is written into the recipe with its reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 from perennial.core.amounts import Amount, human, parse
 from perennial.core.errors import UserError, nearest
 from perennial.core.lineage import Lineage
-from perennial.train.recipe import REPLAY, Parent, Recipe, parse_recipe, read_parent, relative_to
+from perennial.core.settings import check, raise_problems
+from perennial.data.corpus import Corpus
+from perennial.train.recipe import REPLAY, Parent, Recipe, old_corpora, parse_recipe, read_parent, relative_to
 
 STRONG_SHIFT = 1.25
 """Ratio of the parent's bits per byte on the new data to those on its own above which a shift counts as strong.
@@ -78,7 +81,11 @@ def derive(
     parent's bits per byte on (old, new). Raises UserError.
     """
     parent = read_parent(checkpoint)
-    _check_names(data, parent.lineage, stand_ins or {})
+    _check_names(data, stand_ins or {})
+    if peak is not None and not 0 < peak < math.inf:
+        raise UserError(f"--peak {peak:g}: must be a learning rate above 0")
+    if seed is not None and seed < 0:
+        raise UserError(f"--seed {seed}: must be 0 or more")
     amount = _budget(budget)
     last = parent.lineage.stages[-1]
     reasons: list[str] = [
@@ -113,7 +120,7 @@ def derive(
     return Derived(parse_recipe(recipe, source="derived recipe"), parent, reasons)
 
 
-def _check_names(data: Mapping[str, Path], lineage: Lineage, stand_ins: Mapping[str, Path]) -> None:
+def _check_names(data: Mapping[str, Path], stand_ins: Mapping[str, Path]) -> None:
     if not data:
         raise UserError("--data: at least one NAME=PATH with new data is needed")
     for name in [*data, *stand_ins]:
@@ -128,9 +135,12 @@ def _check_names(data: Mapping[str, Path], lineage: Lineage, stand_ins: Mapping[
 
 def _budget(text: str) -> Amount:
     try:
-        return parse(text, ("tokens", "flops", "seconds"))
+        amount = parse(text, ("tokens", "flops", "seconds"))
     except ValueError as error:
         raise UserError(f"--tokens: {error}") from None
+    if amount.value == 0:
+        raise UserError(f"--tokens {text!r}: must be above 0")
+    return amount
 
 
 def _replay_share(
@@ -233,36 +243,64 @@ def continue_run(
     'result'}; a dry run leaves `out` without a run in it.
     """
     from perennial.core.lineage import newest_checkpoint
-    from perennial.train.run import plan, start
+    from perennial.train.checkpoint import verify
+    from perennial.train.run import check_place, plan, start, undone_on_error
 
-    checkpoint = newest_checkpoint(checkpoint)
-    moved = choices.get("moved")
-    parent = read_parent(checkpoint)
-    known = {n: str((moved or {}).get(n, f["path"])) for n, f in parent.lineage.corpora.items()}
-    old = {n: Path(p) for n, p in known.items() if Path(p).is_dir()}
-    prepared = {
-        n: _prepared(n, p, checkpoint, out, text_field, validation, list(old.values()), quiet)
-        for n, p in {**data, **(stand_ins or {})}.items()
-    }
-    derived = derive(
-        checkpoint,
-        {n: prepared[n] for n in data},
-        stand_ins={n: prepared[n] for n in stand_ins or {}},
-        budget=budget,
-        base=Path.cwd(),
-        name=out.name,
-        shift=lambda: _shift(checkpoint, old, {n: prepared[n] for n in data}),
-        **choices,
-    )
-    result: dict[str, Any] = {
-        "recipe": derived.recipe.model_dump(mode="json", exclude_unset=True),
-        "reasons": derived.reasons,
-    }
-    if dry_run:
-        result["resolved"] = plan(derived.recipe, base=Path.cwd())
+    checkpoint, base, name = newest_checkpoint(checkpoint), Path.cwd(), out.resolve().name
+    given = {**data, **(stand_ins or {})}
+    check_place(out)
+    # Preparing text may take hours, so all that can be wrong with what is asked for is found before.
+    verify(checkpoint, checksums=False)
+    asked = derive(checkpoint, data, stand_ins=stand_ins, budget=budget, base=base, name=name, **choices)
+    _check_inputs(checkpoint, given)
+    old = {n: corpus.path for n, corpus in old_corpora(asked.recipe, base, asked.parent).items()}
+    old |= {n: path for n, path in given.items() if n in asked.parent.lineage.corpora and _is_prepared(path)}
+    with undone_on_error(out):
+        prepared = {
+            n: _prepared(n, p, checkpoint, out, text_field, validation, list(old.values()), quiet)
+            for n, p in given.items()
+        }
+        derived = derive(
+            checkpoint,
+            {n: prepared[n] for n in data},
+            stand_ins={n: prepared[n] for n in stand_ins or {}},
+            budget=budget,
+            base=base,
+            name=name,
+            shift=lambda: _shift(checkpoint, old, {n: prepared[n] for n in data}),
+            **choices,
+        )
+        result: dict[str, Any] = {
+            "recipe": derived.recipe.model_dump(mode="json", exclude_unset=True),
+            "reasons": derived.reasons,
+        }
+        if dry_run:
+            result["resolved"] = plan(derived.recipe, base=base)
+            return result
+        result["result"] = start(derived.recipe, out, base=base, header=derived.header(command), quiet=quiet)
         return result
-    result["result"] = start(derived.recipe, out, base=Path.cwd(), header=derived.header(command), quiet=quiet)
-    return result
+
+
+def _check_inputs(checkpoint: Path, data: Mapping[str, Path]) -> None:
+    """Raises UserError for a damaged checkpoint, and for data that are neither text nor corpora of its tokenizer."""
+    from perennial.train.checkpoint import verify
+    from perennial.train.measuring import open_for
+
+    verify(checkpoint)
+    for name, path in data.items():
+        if (path / "resolved.json").is_file() or (path / "model.safetensors").is_file():
+            raise UserError(f"{name}={path}: this is a run or a checkpoint, not text or a prepared corpus")
+        if not path.exists() and not _is_being_prepared(path):
+            raise UserError(f"{name}={path}: no such file or folder")
+    open_for(checkpoint, {n: p for n, p in data.items() if _is_prepared(p) or _is_being_prepared(p)})
+
+
+def _is_prepared(path: Path) -> bool:
+    return (path / "manifest.json").is_file()
+
+
+def _is_being_prepared(path: Path) -> bool:
+    return path.suffix == ".partial" or path.with_name(f"{path.name}.partial").exists()
 
 
 def _prepared(
@@ -279,21 +317,33 @@ def _prepared(
     from perennial.core.progress import Progress
     from perennial.data.prepare import PrepareSettings, prepare
 
-    if (path / "manifest.json").is_file() or not path.exists() or (path.with_name(path.name + ".partial")).exists():
+    if _is_prepared(path):
         return path
-    settings = PrepareSettings(
-        name=name,
-        inputs=[str(path)],
-        tokenizer=str(checkpoint),
-        text_field=text_field,
-        validation=validation,
-        against=[str(p) for p in against],
-    )
+    asked = {
+        "name": name,
+        "inputs": [str(path)],
+        "tokenizer": str(checkpoint),
+        "text_field": text_field,
+        "validation": validation,
+        "against": [str(p) for p in against],
+        **_cut_like(against),
+    }
+    settings, problems = check(PrepareSettings, asked)
+    raise_problems(problems, f"preparing {name}={path}")
+    assert settings is not None
     folder = out / "corpora" / name
-    line = Progress(f"prepare {name}", unit="bytes", quiet=quiet)
-    prepare(settings, folder, progress=line)
-    line.close()
+    with Progress(f"prepare {name}", unit="bytes", quiet=quiet) as line:
+        prepare(settings, folder, progress=line)
     return folder
+
+
+def _cut_like(corpora: list[Path]) -> dict[str, Any]:
+    """The size at which the parent's documents were cut: duplicates are found part by part."""
+    for path in corpora:
+        settings = Corpus.open(path).manifest.get("settings", {})
+        if "max_document_bytes" in settings:
+            return {"max_document_bytes": settings["max_document_bytes"]}
+    return {}
 
 
 def _shift(checkpoint: Path, old: Mapping[str, Path], new: Mapping[str, Path]) -> tuple[float, float] | None:

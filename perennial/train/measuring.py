@@ -9,13 +9,16 @@ from typing import Any
 import torch
 
 from perennial.core import lineage as lineages
-from perennial.core.environment import limit_threads
+from perennial.core.environment import tune_process
 from perennial.core.errors import UserError
+from perennial.core.files import sha256
 from perennial.data.corpus import Corpus
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.evals.loss import evaluate, transfer
-from perennial.train.checkpoint import load_weights
+from perennial.model.huggingface import load_model
+from perennial.train.checkpoint import verify
 from perennial.train.precision import autocast, native_precision
+from perennial.train.recipe import check_vocabulary
 from perennial.train.session import measure_with
 
 
@@ -33,6 +36,16 @@ def open_for(checkpoint: Path, data: Mapping[str, Path]) -> dict[str, Corpus]:
     return corpora
 
 
+def _check_validation_files(corpus: Corpus) -> None:
+    """Checks the sha256 of what is read of a corpus here. Raises UserError that names a changed file."""
+    for name, facts in corpus.manifest["files"].items():
+        if name.startswith("validation/") and sha256(corpus.path / name) != facts["sha256"]:
+            raise UserError(
+                f"{corpus.path}: the prepared corpus is damaged: {name} was changed after it was written (sha256 "
+                "differs). Bring that file back from a copy, or prepare the text again."
+            )
+
+
 def evaluate_checkpoint(
     checkpoint: Path,
     data: Mapping[str, Path],
@@ -46,14 +59,24 @@ def evaluate_checkpoint(
 
     sequence_length: None takes what the checkpoint was last trained with, else its context.
     """
-    limit_threads()
+    tune_process()
+    if sequence_length is not None and sequence_length < 1:
+        raise UserError(f"sequence_length {sequence_length}: at least 1 is needed")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens {max_tokens}: at least 1 is needed; all of them without it")
+    verify(checkpoint)
     corpora = open_for(checkpoint, data)
+    for corpus in corpora.values():
+        _check_validation_files(corpus)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    model = load_weights(checkpoint, device)
+    model = load_model(checkpoint, device=device)
+    check_vocabulary(model.config, TokenizerFolder.open(checkpoint).vocabulary_size, "the same folder", str(checkpoint))
     lineage = (
         lineages.read(checkpoint) if (checkpoint / lineages.STATE_FOLDER / lineages.LINEAGE_FILE).is_file() else None
     )
     length = sequence_length or (lineage.stages[-1].sequence_length if lineage else model.config.context)
+    if length > model.config.context:
+        raise UserError(f"sequence_length {length} is longer than the model's context of {model.config.context} tokens")
     with autocast(native_precision(device) if precision == "auto" else precision, device):
         measured = evaluate(
             model,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,9 +26,19 @@ from perennial.data.mixture import StageOrder
 from perennial.data.replay import SourceSpec, replay_sources
 from perennial.model.config import ModelConfig
 from perennial.model.cost import flops_per_token
+from perennial.model.presets import PRESETS, shape
 
 REPLAY = "replay"
 """The name under which a mixture asks for what the parent consumed."""
+
+
+_AmountOrNone = TypeVar("_AmountOrNone", Amount, Amount | None)
+
+
+def _above_zero(amount: _AmountOrNone, otherwise: str = "") -> _AmountOrNone:
+    if amount is not None and amount.value == 0:
+        raise ValueError(f"'{amount}' must be above 0{otherwise}")
+    return amount
 
 
 class BatchSettings(Settings):
@@ -57,6 +67,18 @@ class EvaluationSettings(Settings):
     corpora: dict[str, str] = {}
     """Further prepared corpora to measure, name: path; the run's own and the parent's are always measured."""
 
+    @field_validator("every")
+    @classmethod
+    def _some(cls, every: Amount | None) -> Amount | None:
+        return _above_zero(every, "; null: only before, at stage ends and after")
+
+    @field_validator("tokens")
+    @classmethod
+    def _some_or_all(cls, tokens: Amount) -> Amount:
+        if tokens.unit == "share" and tokens.value != 1:
+            raise ValueError(f"'{tokens}': give tokens ('65536 tokens'), or '100%' for all")
+        return _above_zero(tokens)
+
 
 class CheckpointSettings(Settings):
     """When the run is saved and how many checkpoints are kept."""
@@ -65,6 +87,11 @@ class CheckpointSettings(Settings):
     """After each such stretch of the run; the end of every stage is always saved."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints to keep; ends of stages are kept as well."""
+
+    @field_validator("every")
+    @classmethod
+    def _some(cls, every: Amount | None) -> Amount | None:
+        return _above_zero(every, "; null: at the ends of stages only")
 
 
 class SpikeSettings(Settings):
@@ -112,6 +139,11 @@ class StageSettings(Settings):
         if not name or not all(c.isalnum() or c in "-_." for c in name):
             raise ValueError(f"{name!r}: use letters, digits, '-', '_' and '.'")
         return name
+
+    @field_validator("budget")
+    @classmethod
+    def _something(cls, budget: Amount) -> Amount:
+        return _above_zero(budget)
 
     @field_validator("surgery")
     @classmethod
@@ -204,6 +236,7 @@ def parse_recipe(data: dict[str, Any], *, source: str = "recipe", lines: Mapping
                     given = _without_parent(stage[key]) if key == "schedule" else stage[key]
                     problems += plugins.build(kind, given, ("stages", index, key))[1]
             problems += _unknown_corpora(data, stage, index)
+    problems += _model_problems(data.get("model"))
     raise_problems(problems, source, lines)
     assert recipe is not None
     return recipe
@@ -218,6 +251,24 @@ def _without_parent(schedule: Any) -> Any:
 
 _STAND_INS = {"start": 0.0, "peak": 1.0, "final": 1e-12}
 """Rates that may be 'parent', each with a value that no other check of a schedule objects to."""
+
+
+def _model_problems(model: Any) -> list[Problem]:
+    """What is wrong with a new model's shape, as far as it can be told before the vocabulary is known."""
+    preset, options = (model.get("preset"), model.get("options", {})) if isinstance(model, dict) else (None, None)
+    if not isinstance(model, dict) or not isinstance(options, dict) or not isinstance(preset, str | None):
+        return []  # not there, or a problem of the types around it
+    fixed: dict[str, Any] = {}
+    if preset is not None:
+        try:
+            fixed = shape(preset)
+        except UserError as error:
+            return [Problem(("model", "preset"), str(error))]
+        if "heads" in options:
+            del fixed["kv_heads"]  # the preset's need not fit, and may follow from the heads
+    if not fixed and not options:
+        return [Problem(("model",), f"give a preset ({', '.join(PRESETS)}), or the dimensions as 'options'")]
+    return check(ModelConfig, {"vocabulary_size": 1, **fixed, **options}, ("model", "options"))[1]
 
 
 def _unknown_corpora(data: dict[str, Any], stage: dict[str, Any], index: int) -> list[Problem]:
@@ -267,7 +318,7 @@ class Resolved(Settings):
     """{'path', 'checkpoint'} of the checkpoint to start from."""
     model: dict[str, Any]
     parameters: int
-    flops_per_token: float
+    flops_per_token: int
     tokens: int
     flops: float
     corpora: dict[str, dict[str, Any]]
@@ -309,7 +360,11 @@ def resolve(
     config = parent.config if parent else _new_model(recipe, corpora)
     length = recipe.batch.sequence_length
     if length > config.context:
-        raise UserError(f"batch.sequence_length {length} is longer than the model's context of {config.context} tokens")
+        how = "" if parent else ", or raise the context (model.options.context)"
+        raise UserError(
+            f"batch.sequence_length {length} is longer than the model's context of {config.context} tokens; "
+            f"lower it{how}"
+        )
     per_token = flops_per_token(config, length)
     speed = measure(config, recipe) if measure and any(s.budget.unit == "seconds" for s in recipe.stages) else None
     stages: list[ResolvedStage] = []
@@ -341,7 +396,13 @@ def resolve(
         "spikes": recipe.spikes.model_dump(mode="json"),
         "tensorboard": recipe.tensorboard,
     }
-    return Resolved(recipe_hash=stable_hash(_without_paths(data)), **data)
+    resolved = Resolved(recipe_hash="", **data)
+    return resolved.model_copy(update={"recipe_hash": recipe_hash(resolved)})
+
+
+def recipe_hash(resolved: Resolved) -> str:
+    """What names a resolved recipe: the hash of everything in it but where things lie."""
+    return stable_hash(_without_paths(resolved.model_dump(mode="json", exclude={"recipe_hash"})))
 
 
 @dataclass(frozen=True)
@@ -371,28 +432,40 @@ def read_parent(path: Path) -> Parent:
     from perennial.model.huggingface import load_config
 
     path = lineages.newest_checkpoint(path)
-    return Parent(path, lineages.read(path), load_config(path), TokenizerFolder.open(path).fingerprint)
+    parent = Parent(path, lineages.read(path), load_config(path), TokenizerFolder.open(path).fingerprint)
+    check_vocabulary(parent.config, TokenizerFolder.open(path).vocabulary_size, "the same folder", str(path))
+    return parent
 
 
 def _open_corpora(recipe: Recipe, base: Path, parent: Parent | None) -> dict[str, _Opened]:
     """The run's corpora, the parent's (as far as they can be found) and those only evaluated."""
     opened = {n: _Opened(Corpus.open((base / p).resolve()), "new") for n, p in recipe.corpora.items()}
-    for name, facts in (parent.lineage.corpora if parent else {}).items():
-        if name in opened:
-            _same_corpus(name, opened[name].corpus, facts["fingerprint"])
-            continue
-        path = (base / recipe.moved[name]).resolve() if name in recipe.moved else Path(facts["path"])
-        if path.is_dir() or any(REPLAY in s.mixture for s in recipe.stages):
-            opened[name] = _Opened(_unchanged(name, path, facts["fingerprint"]), "old")
-    for name in set(recipe.moved) - set(parent.lineage.corpora if parent else {}):
-        known = list(parent.lineage.corpora) if parent else []
-        raise UserError(
-            f"moved: the parent has no corpus '{name}'; it has: {', '.join(known) or 'none'}.{nearest(name, known)}"
-        )
+    known = parent.lineage.corpora if parent else {}
+    for name in opened.keys() & known.keys():
+        _same_corpus(name, opened[name].corpus, known[name]["fingerprint"])
+    opened |= {name: _Opened(corpus, "old") for name, corpus in old_corpora(recipe, base, parent).items()}
     for name, text in recipe.evaluation.corpora.items():
         opened.setdefault(name, _Opened(Corpus.open((base / text).resolve()), "other"))
     _one_tokenizer(opened, parent)
     return opened
+
+
+def old_corpora(recipe: Recipe, base: Path, parent: Parent | None) -> dict[str, Corpus]:
+    """The parent's corpora that the recipe does not name itself: those that are found, or all when it replays them.
+
+    Raises UserError for one that was changed, that is needed and missing, or that the parent does not have.
+    """
+    known = parent.lineage.corpora if parent else {}
+    for name in recipe.moved.keys() - known.keys():
+        there = ", ".join(known) or "none"
+        raise UserError(f"moved: the parent has no corpus '{name}'; it has: {there}.{nearest(name, known)}")
+    found = {}
+    for name, facts in known.items():
+        path = (base / recipe.moved[name]).resolve() if name in recipe.moved else Path(facts["path"])
+        is_needed = name in recipe.moved or any(REPLAY in s.mixture for s in recipe.stages)
+        if name not in recipe.corpora and (path.is_dir() or is_needed):
+            found[name] = _unchanged(name, path, facts["fingerprint"])
+    return found
 
 
 def _same_corpus(name: str, corpus: Corpus, fingerprint: str) -> None:
@@ -438,13 +511,26 @@ def _new_model(recipe: Recipe, corpora: dict[str, _Opened]) -> ModelConfig:
     assert recipe.model is not None
     if not recipe.corpora:
         raise UserError("corpora: at least one prepared corpus is needed")
-    vocabulary = next(iter(corpora.values())).corpus.vocabulary_size
+    first = next(iter(corpora.values())).corpus
+    settings = {"vocabulary_size": first.vocabulary_size, **recipe.model.options}
     if recipe.model.preset is not None:
-        return ModelConfig.from_preset(recipe.model.preset, vocabulary_size=vocabulary, **recipe.model.options)
-    config, problems = check(ModelConfig, {"vocabulary_size": vocabulary, **recipe.model.options}, ("model", "options"))
-    raise_problems(problems, "recipe")
-    assert config is not None
+        config = ModelConfig.from_preset(recipe.model.preset, **settings)
+    else:
+        found, problems = check(ModelConfig, settings, ("model", "options"))
+        raise_problems(problems, "recipe")
+        assert found is not None
+        config = found
+    check_vocabulary(config, first.vocabulary_size, f"corpus '{first.name}' ({first.path})", "model.options")
     return config
+
+
+def check_vocabulary(config: ModelConfig, vocabulary_size: int, tokens: str, model: str) -> None:
+    """Raises UserError when the model has no row for some of the ids that its tokenizer gives."""
+    if vocabulary_size > config.vocabulary_size:
+        raise UserError(
+            f"{model}: a vocabulary_size of {config.vocabulary_size} does not match the tokenizer of {tokens}, which "
+            f"has {vocabulary_size} ids; the model needs a row for each"
+        )
 
 
 def _parameters(config: ModelConfig) -> int:
@@ -468,7 +554,10 @@ def _resolve_stage(
     raise_problems(problems, f"stage '{stage.name}' schedule")
     optimizer, _ = plugins.build("optimizers", stage.optimizer)
     objective, _ = plugins.build("objectives", stage.objective)
-    rates = [schedule.rate(u * recipe.batch.tokens, tokens) for u in _sampled(updates)]
+    try:
+        rates = [schedule.rate(u * recipe.batch.tokens, tokens) for u in _sampled(updates)]
+    except UserError as error:
+        raise UserError(f"stage '{stage.name}': schedule: {error}") from None
     return ResolvedStage(
         name=stage.name,
         tokens=tokens,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,22 @@ import torch
 import yaml
 
 from perennial.core import files, records
-from perennial.core.environment import limit_threads
+from perennial.core.environment import tune_process
 from perennial.core.errors import UserError
+from perennial.core.progress import Progress as ProgressLine
 from perennial.core.settings import check, raise_problems, stable_hash
 from perennial.model.config import ModelConfig
+from perennial.model.cost import num_parameters
 from perennial.model.roles import role_of
 from perennial.model.transformer import Transformer, initialise
 from perennial.train import loop
-from perennial.train.parallel import join_world, leave_world, wait_for_all
+from perennial.train.parallel import World, join_world, leave_world, wait_for_all
 from perennial.train.precision import autocast, native_precision
-from perennial.train.recipe import Recipe, Resolved, describe, parse_recipe, read, relative_to, resolve
-from perennial.train.session import Session
+from perennial.train.recipe import Recipe, Resolved, describe, parse_recipe, read, recipe_hash, relative_to, resolve
+from perennial.train.session import Session, check_memory
+
+RECIPE, RESOLVED, EVENTS = "recipe.yaml", "resolved.json", "events.jsonl"
+"""The files of a run folder, beside its checkpoints and the corpora that were prepared for it."""
 
 
 def plan(recipe: Recipe, *, base: Path) -> Resolved:
@@ -36,8 +43,8 @@ def make_run(recipe: Recipe, folder: Path, *, base: Path, header: str = "") -> R
     Raises UserError when the folder holds something else.
     """
     rebased = _rebased(recipe, base, folder)
-    if (folder / "resolved.json").is_file():
-        stored = read(folder / "recipe.yaml")
+    if (folder / RESOLVED).is_file():
+        stored = read(folder / RECIPE)
         if _fingerprint(stored) != _fingerprint(rebased):
             raise UserError(
                 f"{folder}: this run folder was made by another recipe (differs in: "
@@ -45,22 +52,67 @@ def make_run(recipe: Recipe, folder: Path, *, base: Path, header: str = "") -> R
                 f"perennial train {folder}"
             )
         return read_resolved(folder)
-    if folder.exists() and {p.name for p in folder.iterdir()} - {"recipe.yaml", "corpora"}:
-        raise UserError(f"{folder}: exists and is no run folder (it has no resolved.json); give another --out")
+    check_place(folder)
     resolved = plan(recipe, base=base)
-    text = yaml.safe_dump(rebased.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
-    files.write_text(folder / "recipe.yaml", header + text)
-    files.write_json(folder / "resolved.json", resolved.model_dump(mode="json"))  # last: it makes the folder a run
+    text = header + yaml.safe_dump(
+        rebased.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
+    )
+    _check_not_lost(folder / RECIPE, text)
+    files.write_text(folder / RECIPE, text)
+    files.write_json(folder / RESOLVED, resolved.model_dump(mode="json"))  # last: it makes the folder a run
     return resolved
 
 
+def check_place(folder: Path) -> None:
+    """Raises UserError when `folder` holds something else than a run or the beginning of one."""
+    if not folder.exists() or (folder / RESOLVED).is_file():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file, a run needs a folder; give another --out")
+    others = (p.name for p in folder.iterdir() if not p.name.endswith(".tmp"))
+    if set(others) - {RECIPE, "corpora"}:
+        raise UserError(f"{folder}: exists and is no run folder (it has no {RESOLVED}); give another --out")
+
+
+def _check_not_lost(path: Path, text: str) -> None:
+    """Raises UserError when writing `text` would take the place of a recipe of the user's own."""
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != text:
+        raise UserError(f"{path}: is in the way: the run would write its own recipe there; give another --out")
+
+
+@contextlib.contextmanager
+def undone_on_error(folder: Path) -> Iterator[None]:
+    """Takes back what the body wrote into the run folder when it fails before anything of a run was recorded.
+
+    Prepared corpora stay: they are whole, or the same command goes on with them.
+    """
+    ours = [path for path in (folder / EVENTS, folder / RESOLVED, folder / RECIPE) if not path.exists()]
+    folders = [path for path in (folder / "corpora", folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except (UserError, OSError):
+        if not (folder / EVENTS).is_file() or (folder / EVENTS).stat().st_size == 0:
+            for path in [*ours, *folders]:
+                with contextlib.suppress(OSError):  # not there, or a folder that something lies in
+                    path.rmdir() if path in folders else path.unlink()
+        raise
+
+
 def read_resolved(folder: Path) -> Resolved:
-    """The resolved recipe of a run folder. Raises UserError when the folder is none."""
-    if not (folder / "resolved.json").is_file():
-        raise UserError(f"{folder}: no run folder (resolved.json is missing)")
-    resolved, problems = check(Resolved, files.read_json(folder / "resolved.json", "resolved recipe"))
-    raise_problems(problems, str(folder / "resolved.json"))
+    """The resolved recipe of a run folder. Raises UserError when the folder is none, or its recipe was changed."""
+    path = folder / RESOLVED
+    if not path.is_file():
+        what = "no such folder" if not folder.exists() else f"no run folder ({RESOLVED} is missing)"
+        hint = ". It is a checkpoint: give the run folder that it lies in, or start from it with `perennial continue`"
+        raise UserError(f"{folder}: {what}{hint if (folder / 'config.json').is_file() else ''}")
+    resolved, problems = check(Resolved, files.read_json(path, "resolved recipe"))
+    raise_problems(problems, str(path))
     assert resolved is not None
+    if recipe_hash(resolved) != resolved.recipe_hash:
+        raise UserError(
+            f"{path}: was changed by hand, or by another version of Perennial (its recipe_hash is that of other "
+            f"settings). A run keeps its recipe: put it back; for other settings start another run from {RECIPE}."
+        )
     return resolved
 
 
@@ -69,28 +121,57 @@ def train(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises UserError for bad input and TrainingStopped when training cannot go on.
     """
-    limit_threads()
+    tune_process()
     resolved = read_resolved(folder)
-    if finished := records.read(folder / "events.jsonl", "done"):
+    if finished := records.read(folder / EVENTS, "done"):
+        ProgressLine("train", quiet=quiet).note(f"{folder}: this run is complete, there is nothing to go on with")
         return {"run": str(folder), "complete": True, **{k: finished[-1][k] for k in loop.SUMMARY}}
     world = join_world()
     try:
-        with contextlib.closing(Session(folder, resolved, world, quiet=quiet)) as session:
+        with _only_here(folder, world), contextlib.closing(Session(folder, resolved, world, quiet=quiet)) as session:
             session.console.note(describe(resolved))
             with session.stopping_on_signals():
                 loop.run(session)
             return {"run": str(folder), "complete": not session.stopped, **loop.summary(session)}
+    except OSError as error:
+        explained = files.explain(error, folder)
+        if explained is error:
+            raise
+        raise explained from error
     finally:
         leave_world(world)
+
+
+@contextlib.contextmanager
+def _only_here(folder: Path, world: World) -> Iterator[None]:
+    """Keeps a second process from training the same run; the lock goes with the process, however that ends."""
+    if not world.is_main or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process is training this run; wait until it ends, or stop it") from None
+    except OSError:  # a file system that knows no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def start(recipe: Recipe, folder: Path, *, base: Path, header: str = "", quiet: bool = False) -> dict[str, Any]:
     """Makes the run folder (on the main process) and trains."""
     world = join_world()
-    if world.is_main:
-        make_run(recipe, folder, base=base, header=header)
-    wait_for_all(world)
-    return train(folder, quiet=quiet)
+    with undone_on_error(folder) if world.is_main else contextlib.nullcontext():
+        if world.is_main:
+            make_run(recipe, folder, base=base, header=header)
+        wait_for_all(world)
+        return train(folder, quiet=quiet)
 
 
 def _rebased(recipe: Recipe, base: Path, folder: Path) -> Recipe:
@@ -127,9 +208,10 @@ def tokens_per_second(config: ModelConfig, recipe: Recipe, *, seconds: float = 2
     from perennial.core import plugins
     from perennial.train.step import TorchBatch
 
-    limit_threads()
+    tune_process()
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     precision = native_precision(device) if recipe.precision == "auto" else recipe.precision
+    check_memory(num_parameters(config).total, device)
     model = Transformer(config).to(device)
     initialise(model, 0)
     optimizer = plugins.build("optimizers", recipe.stages[0].optimizer)[0].build(model.named_parameters(), role_of)

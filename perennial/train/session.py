@@ -18,10 +18,12 @@ from perennial.core import plugins
 from perennial.core.amounts import human, human_bytes, human_seconds
 from perennial.core.clock import Clock
 from perennial.core.environment import environment
+from perennial.core.environment import memory_bytes as machine_memory_bytes
 from perennial.core.errors import UserError
 from perennial.core.progress import Progress as ProgressLine
 from perennial.core.records import Recorder
 from perennial.core.seeds import derive
+from perennial.core.settings import raise_problems
 from perennial.data.corpus import Corpus
 from perennial.data.loader import Loader
 from perennial.data.mixture import StageOrder
@@ -80,11 +82,17 @@ class Session:
         if world.is_main:
             checkpoint.remove_leftovers(self.checkpoints)
         wait_for_all(world)
+        check_memory(resolved.parameters, world.device)
         saved = lineages.checkpoints_of(self.folder)
         self.records = Recorder(folder / "events.jsonl" if world.is_main else None)
-        self._peak_flops = matmul_rate(resolved.precision, world.device)
-        self._board: Any = _open_board(folder) if resolved.tensorboard and world.is_main else None
-        self.state = self._restore(saved[-1]) if saved else self._begin()
+        self._board: Any = None
+        try:
+            self._peak_flops = matmul_rate(resolved.precision, world.device)
+            self._board = _open_board(folder) if resolved.tensorboard and world.is_main else None
+            self.state = self._restore(saved) if saved else self._begin()
+        except BaseException:
+            self.close()
+            raise
 
     # Starting
 
@@ -104,10 +112,15 @@ class Session:
         self._record_run()
         return TrainState(self._ready(model), None, Progress())
 
-    def _restore(self, path: Path) -> TrainState:
-        """The state that a checkpoint of this run holds."""
-        model = checkpoint.load_weights(path, self.world.device)
-        progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
+    def _restore(self, saved: list[Path]) -> TrainState:
+        """The state that the newest checkpoint of this run holds. Raises UserError when it is damaged."""
+        path = saved[-1]
+        try:
+            model = checkpoint.load_weights(path, self.world.device)
+            progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
+        except UserError as error:
+            before = f"from the one before it ({saved[-2].name})" if len(saved) > 1 else "from the beginning"
+            raise UserError(f"{error}\nTo go on {before}, delete {path}.") from None
         self.carried = load_file(path / lineages.STATE_FOLDER / "optimizer.safetensors")
         self.records.write("resume", tokens=progress.tokens)
         self.console.note(f"resuming {self.folder} at {human(progress.tokens, 'tokens')} from {path}")
@@ -432,6 +445,18 @@ def measure_with(model: Any) -> Any:
     return lambda inputs, targets, segments: objective.evaluate(model, TorchBatch(inputs, targets, segments))
 
 
+def check_memory(parameters: int, device: torch.device) -> None:
+    """Raises UserError for a model whose weights, gradients and optimizer state cannot fit, whatever is free now."""
+    needed = 12 * parameters  # 4 bytes each; AdamW needs 4 more
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine_memory_bytes()["total"]
+    if there is not None and needed > there:
+        raise UserError(
+            f"model: {human(parameters)} parameters need at least {human_bytes(needed)} for weights, gradients and "
+            f"optimizer state; this {'GPU' if on_gpu else 'machine'} has {human_bytes(there)}. Take a smaller model."
+        )
+
+
 def memory_bytes(device: torch.device) -> int:
     """Memory in use: peak allocated on a GPU, resident set of the process on a CPU."""
     if device.type == "cuda":
@@ -449,7 +474,7 @@ def memory_bytes(device: torch.device) -> int:
 
 def _component(kind: str, data: dict[str, Any]) -> Any:
     component, problems = plugins.build(kind, data)
-    assert not problems, problems
+    raise_problems(problems, f"{kind} of resolved.json")
     return component
 
 

@@ -73,10 +73,10 @@ def test_torch_uses_no_more_threads_than_there_are_cores(monkeypatch: pytest.Mon
 
     torch.set_num_threads(2)
     monkeypatch.setattr(environments, "usable_cores", lambda: 1)
-    environments.limit_threads()
+    environments.tune_process()
     assert torch.get_num_threads() == 1
     monkeypatch.setattr(environments, "usable_cores", lambda: 64)
-    environments.limit_threads()
+    environments.tune_process()
     assert torch.get_num_threads() == 1, "never raised above what was asked for"
 
 

@@ -74,7 +74,7 @@ def test_settings_are_frozen() -> None:
     [
         ("a: [1, 2", "not valid YAML"),
         ("- a\n- b\n", "must be a mapping of settings, not list"),
-        ("", "must be a mapping of settings, not NoneType"),
+        ("", "is empty: there are no settings in it"),
         ("a: 1\nb: 2\na: 3\n", "line 3: not valid YAML: key 'a' is given twice"),
         ("x:\n  a: 1\n  a: 2\n", "line 3: not valid YAML: key 'a' is given twice"),
     ],
@@ -91,7 +91,7 @@ def test_missing_and_non_utf8_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not UTF-8: byte 0xe9 at offset 3"):
         read_yaml(tmp_path / "latin.yaml")
 
 

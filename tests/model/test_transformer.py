@@ -169,6 +169,14 @@ def test_bf16_autocast_follows_fp32(variant: str) -> None:
         assert (rough_gradients[name] - gradient).norm() <= 5e-2 * gradient.norm(), name
 
 
+def test_autocast_leaves_fp64_alone() -> None:
+    model, inputs = tiny_model(qk_norm=True).double(), tokens(2, 20)
+    plain = model(inputs)
+    assert plain.dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(inputs), plain)
+
+
 def test_same_inputs_same_bits() -> None:
     model, inputs = tiny_model(), tokens(4, 150)
     once, gradients = loss_and_gradients(model, inputs)
