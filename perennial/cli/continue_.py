@@ -47,13 +47,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Derives the recipe, writes it into the run folder, and runs it."""
     import json
+    import shlex
+    import sys
     from pathlib import Path
 
     import yaml
 
     from perennial.cli._names import named_paths
     from perennial.train.continuing import continue_run
-    from perennial.train.recipe import describe
+    from perennial.train.resolve import describe
 
     replay = args.replay or []
     shares = [r for r in replay if "=" not in r]
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         text_field=args.text_field,
         validation=args.validation,
         stand_ins=named_paths("--replay", [r for r in replay if "=" in r]),
-        command=f"perennial continue {args.checkpoint} --tokens '{args.tokens}' --out {args.out}",
+        command=shlex.join(["perennial", *sys.argv[1:]]),
         quiet=args.json,
         replay=shares[-1] if shares else None,
         moved=named_paths("--moved", args.moved),

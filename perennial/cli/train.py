@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from perennial.core.errors import UserError
-    from perennial.train.recipe import describe, read
+    from perennial.train.recipe import read
+    from perennial.train.resolve import describe
     from perennial.train.run import plan, read_resolved, start, train
 
     path = Path(args.recipe)

@@ -199,6 +199,9 @@ def _expect_manifest(path: Path) -> None:
         raise UserError(f"{path}: this is raw text, not a prepared corpus: run `perennial prepare` on it first")
     if not path.is_dir():
         raise UserError(f"{path}: {'not a' if path.exists() else 'no such'} prepared corpus folder")
+    for name, what in (("resolved.json", "a run"), ("config.json", "a model"), ("tokenizer.json", "a tokenizer")):
+        if (path / name).is_file():
+            raise UserError(f"{path}: this folder is {what} ({name}), not a prepared corpus")
     text = next((p.name for p in sorted(path.rglob("*")) if p.name.endswith(_TEXT_SUFFIXES)), None)
     if text is not None:
         raise UserError(

@@ -112,6 +112,8 @@ def _choose_reader(path: Path) -> Reader:
         return readers[found[0]]
     choices = ", ".join(readers)
     if not found:
+        if path.is_dir() and not any(True for _ in _walk(path, "")):
+            raise UserError(f"{path}: the folder is empty")
         what = "the name does not say the format" if path.is_file() else "no file in this folder has a known suffix"
         raise UserError(f"{path}: {what}; say how to read it with 'reader' (one of {choices}, or a dotted name)")
     held = ", ".join(f"{counts[name]} for '{name}'" for name in found)

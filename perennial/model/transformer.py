@@ -33,14 +33,14 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        pass
+        """Leaves the weight as it is."""
 
 
 class Embedding(nn.Embedding):
     """An embedding whose weight is left to `initialise`, as in `Linear`."""
 
     def reset_parameters(self) -> None:
-        pass
+        """Leaves the weight as it is."""
 
 
 class RmsNorm(nn.Module):

@@ -18,7 +18,8 @@ from perennial.core.errors import UserError, nearest
 from perennial.core.lineage import Lineage
 from perennial.core.settings import check, raise_problems
 from perennial.data.corpus import Corpus
-from perennial.train.recipe import REPLAY, Parent, Recipe, old_corpora, parse_recipe, read_parent, relative_to
+from perennial.train.recipe import REPLAY, Recipe, parse_recipe
+from perennial.train.resolve import Parent, old_corpora, read_parent, relative_to
 
 STRONG_SHIFT = 1.25
 """Ratio of the parent's bits per byte on the new data to those on its own above which a shift counts as strong.

@@ -18,7 +18,7 @@ from perennial.evals.loss import evaluate, transfer
 from perennial.model.huggingface import load_model
 from perennial.train.checkpoint import verify
 from perennial.train.precision import autocast, native_precision
-from perennial.train.recipe import check_vocabulary
+from perennial.train.resolve import check_vocabulary
 from perennial.train.session import measure_with
 
 

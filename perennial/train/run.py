@@ -24,7 +24,8 @@ from perennial.model.transformer import Transformer, initialise
 from perennial.train import loop
 from perennial.train.parallel import World, join_world, leave_world, wait_for_all
 from perennial.train.precision import autocast, native_precision
-from perennial.train.recipe import Recipe, Resolved, describe, parse_recipe, read, recipe_hash, relative_to, resolve
+from perennial.train.recipe import Recipe, parse_recipe, read
+from perennial.train.resolve import Resolved, describe, recipe_hash, relative_to, resolve
 from perennial.train.session import Session, check_memory
 
 RECIPE, RESOLVED, EVENTS = "recipe.yaml", "resolved.json", "events.jsonl"

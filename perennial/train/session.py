@@ -37,7 +37,7 @@ from perennial.optimizers.base import export_state, import_state
 from perennial.train import checkpoint
 from perennial.train.parallel import World, sum_values, wait_for_all
 from perennial.train.precision import autocast, matmul_rate
-from perennial.train.recipe import Resolved, ResolvedStage, stage_order
+from perennial.train.resolve import Resolved, ResolvedStage, stage_order
 from perennial.train.state import Progress, TrainState
 from perennial.train.step import TorchBatch, Update
 

@@ -146,7 +146,7 @@ def test_missing_and_empty_places(
     workspace: Workspace, base: Path, refused: Refused, tmp_path: Path, command: str
 ) -> None:
     (tmp_path / "hollow").mkdir()
-    for name, words in [("nowhere.jsonl", "no such file or folder"), ("hollow", "no file in this folder")]:
+    for name, words in [("nowhere.jsonl", "no such file or folder"), ("hollow", "the folder is empty")]:
         arguments = {
             "tokenizer": ["tokenizer", "train", name, "--vocabulary-size", "300", "--out", "tokenizer"],
             "prepare": ["prepare", name, "--tokenizer", workspace.tokenizer, "--out", "corpus"],

@@ -330,7 +330,7 @@ def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "strange.xyz").write_text("text")
     for name, message in (
         ("absent", "no such file or folder"),
-        ("empty", "no file in this folder"),
+        ("empty", "the folder is empty"),
         ("mixed", r"several readers \(1 for 'jsonl', 1 for 'text'\)"),
         ("zero.jsonl", "is empty"),
         ("blank.jsonl", "no document in it"),

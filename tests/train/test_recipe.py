@@ -10,7 +10,8 @@ import yaml
 
 from perennial.core.amounts import Amount
 from perennial.core.errors import UserError
-from perennial.train.recipe import parse_recipe, read, resolve, shares
+from perennial.train.recipe import parse_recipe, read, shares
+from perennial.train.resolve import resolve
 
 
 def test_every_mistake_is_listed_with_line_and_nearest_spelling(tmp_path: Path, workspace: Any) -> None:

@@ -39,7 +39,8 @@ class TokenizerFolder:
         """Reads the folder. Raises UserError when it is none, is broken or names no token that can end a document."""
         path = Path(path)
         if not path.is_dir():
-            raise UserError(f"{path}: no such tokenizer folder")
+            what = "is a file; give the folder that it lies in" if path.exists() else "no such tokenizer folder"
+            raise UserError(f"{path}: {what}")
         if not (path / TOKENIZER).is_file():
             raise UserError(f"{path}: no {TOKENIZER} in it; a Hugging Face fast tokenizer folder is needed")
         meaning = _meaning(_read_tokenizer(path))

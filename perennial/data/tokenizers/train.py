@@ -10,6 +10,7 @@ Source: Sennrich, Haddow, Birch 2016, Neural Machine Translation of Rare Words w
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def train_tokenizer(
     texts = _sample(survey(inputs, reader), Fields(text_field), sample_bytes, progress)
     tokenizer = _train(texts, vocabulary_size)
     size = tokenizer.get_vocab_size()
+    if size <= _NUM_BYTE_VALUES + 1:
+        raise UserError(f"{', '.join(map(str, inputs))}: too little text to learn a single token from; give more")
     if size < vocabulary_size:
         advice = f"the text gives only {size} tokens; lower it to {size}, or give more text"
         raise UserError(f"vocabulary_size {vocabulary_size}: {advice}")
@@ -129,7 +132,11 @@ def _write(tokenizer: Any, out: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' own word for 'no limit'; the model's context is in its config.json
     }
-    files.write_text(partial / TOKENIZER, tokenizer.to_str(pretty=True))
-    files.write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
-    files.write_text(partial / SPECIAL_TOKENS, json.dumps(roles, indent=2) + "\n")
-    files.publish(partial, out)
+    try:
+        files.write_text(partial / TOKENIZER, tokenizer.to_str(pretty=True))
+        files.write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
+        files.write_text(partial / SPECIAL_TOKENS, json.dumps(roles, indent=2) + "\n")
+        files.publish(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
