@@ -7,6 +7,7 @@ tokens. Each is a recipe and a run folder; all are resumable, and running the de
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def compare_continuations(
     peak: float = PEAK,
     batch: dict[str, int] | None = None,
     further: Mapping[str, dict[str, Any]] | None = None,
-    evaluation_tokens: int = 32768,
+    evaluation_tokens: int = 24576,
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> DemoResult:
@@ -92,8 +93,10 @@ def compare_continuations(
     are not repeated; a run that is stopped ends the comparison early.
     """
     out.mkdir(parents=True, exist_ok=True)
+    update_tokens = math.prod((batch or BATCH).values())
+    tokens = math.ceil(tokens / update_tokens) * update_tokens  # so that twice as many is exactly twice
     rest: dict[str, dict[str, Any]] = {
-        "evaluation": {"tokens": f"{evaluation_tokens} tokens", "every": "50%"},
+        "evaluation": {"tokens": f"{evaluation_tokens} tokens", "every": "25%"},
         "checkpoints": {"every": "50%", "keep": 1},
     }
     pretrain = {"seed": seed, "model": {"preset": preset}, "batch": batch or BATCH, **rest}

@@ -133,6 +133,7 @@ th.first{position:sticky;left:0;background:var(--surface);z-index:2}
 tbody tr:last-child>*{border-bottom:0}
 .edge{border-left:1px solid var(--line)}
 tr.parent td,tr.parent th{color:var(--muted)}
+.folded{display:inline-block;max-width:13em;white-space:normal}
 td.wide{white-space:normal;min-width:16em}
 .run{display:inline-flex;vertical-align:middle;align-items:center;gap:9px;max-width:24em}
 .run .name{overflow-wrap:break-word;white-space:normal;min-width:0}

@@ -101,7 +101,8 @@ def _of(row: Row, cell: str) -> str:
 
 
 def _against(row: Row) -> str:
-    return '<span class="none">baseline</span>' if row.is_baseline else escape(row.baseline or "")
+    named = escape(row.baseline or "")
+    return '<span class="none">baseline</span>' if row.is_baseline else f'<span class="folded">{named}</span>'
 
 
 def _flops_bar(row: Row, index: int, most: float) -> str:
