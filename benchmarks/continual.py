@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,16 +52,21 @@ def prepare_all(work: Path) -> None:
         line.close()
 
 
-def keep_records(work: Path, records: Path) -> None:
-    """Copies what proves a run (recipe, resolved recipe, events) without its weights."""
-    for run in sorted(work.iterdir()):
+def keep_records(folder: Path, records: Path, work: Path) -> None:
+    """Copies what proves a run (recipe, resolved recipe, events) without its weights; WORK stands for --work."""
+    for run in sorted(folder.iterdir()):
         if (run / "events.jsonl").exists():
             target = records / run.name
             target.mkdir(parents=True, exist_ok=True)
             for name in ("recipe.yaml", "resolved.json"):
-                shutil.copy(run / name, target / name)
+                (target / name).write_text(nameless((run / name).read_text(encoding="utf-8"), work), encoding="utf-8")
             with gzip.GzipFile(target / "events.jsonl.gz", "wb", mtime=0) as file:
-                file.write((run / "events.jsonl").read_bytes())
+                file.write(nameless((run / "events.jsonl").read_text(encoding="utf-8"), work).encode())
+
+
+def nameless(text: str, work: Path) -> str:
+    """The text without where this machine keeps the work folder."""
+    return text.replace(str(work.resolve()), "WORK").replace(str(work), "WORK")
 
 
 def main() -> None:
@@ -100,14 +104,14 @@ def main() -> None:
             comparison = compare(result.runs, labels=result.labels)
             tables.append(comparison)
             if arguments.records:
-                keep_records(folder, arguments.records / shift / f"seed{seed}")
+                keep_records(folder, arguments.records / shift / f"seed{seed}", arguments.work)
         text = summary(shift, tables)
         print(text)
         if arguments.records:
             (arguments.records / shift).mkdir(parents=True, exist_ok=True)
             (arguments.records / shift / "summary.md").write_text(text, encoding="utf-8")
-            data = [t.to_json() for t in tables]
-            (arguments.records / shift / "comparisons.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+            data = nameless(json.dumps([t.to_json() for t in tables], indent=1), arguments.work)
+            (arguments.records / shift / "comparisons.json").write_text(data, encoding="utf-8")
 
 
 def summary(shift: str, comparisons: list[Any]) -> str:

@@ -200,6 +200,7 @@ def _same_demo(demo: Demo) -> None:
         "new": str(demo.new),
         "seed": demo.seed,
         "preset": demo.preset,
+        "vocabulary_size": demo.vocabulary_size,
     }
     path = demo.out / "demo.json"
     if not path.exists():

@@ -13,6 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--old", metavar="PATH", help="your own old text: folder or file (.txt .jsonl .parquet ...)")
     parser.add_argument("--new", metavar="PATH", help="your own new text")
     parser.add_argument("--text-field", default="text", help="field with the text in .jsonl and .parquet files")
+    parser.add_argument("--vocabulary-size", type=int, default=4096, metavar="N", help="tokens (default: 4096)")
     parser.add_argument("--out", default="demo", metavar="FOLDER", help="where everything is written (default: demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             new=Path(args.new) if args.new else None,
             text_field=args.text_field,
             seed=args.seed,
+            vocabulary_size=args.vocabulary_size,
         ),
         quiet=args.json,
     )

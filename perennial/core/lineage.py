@@ -33,9 +33,12 @@ class StageRecord(Settings):
     """False when the checkpoint was taken in the middle of the stage."""
     flops: float
     seconds: float
-    """Wall time spent training (forward, backward, update)."""
+    """Wall time spent training (forward, backward, update); both include updates that a rollback threw away."""
     sequence_length: int
     batch_tokens: int
+    micro_batch: int | None = None
+    clip: float | None = 1.0
+    document_mask: bool = False
     precision: str
     schedule: dict[str, Any]
     rate_start: float
@@ -45,9 +48,9 @@ class StageRecord(Settings):
     optimizer: dict[str, Any]
     objective: dict[str, Any]
     sources: list[dict[str, Any]]
-    """A SourceSpec with the `rows`, `tokens` and `epochs` drawn from it, and `skipped` ranges of draws."""
+    """SourceSpecs with the `rows`, `tokens` and `epochs` drawn, and the `skipped` draws, which only `rows` counts."""
     skipped_rows: list[tuple[int, int]] = []
-    """Stretches of rows passed over after a loss spike; counted in the sources' rows, not in `tokens`."""
+    """Stretches of rows of the stage passed over after a loss spike."""
 
 
 class Lineage(Settings):
@@ -76,12 +79,12 @@ class Lineage(Settings):
     @property
     def rate(self) -> float:
         """The learning rate at which training stopped."""
-        return self.stages[-1].rate_end
+        return self.stages[-1].rate_end if self.stages else 0.0
 
     @property
     def peak(self) -> float:
         """The highest learning rate that this model ever saw."""
-        return max(s.rate_peak for s in self.stages)
+        return max((s.rate_peak for s in self.stages), default=0.0)
 
     def runs(self) -> list[list[StageRecord]]:
         """The stages grouped by run, oldest first."""

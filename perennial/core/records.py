@@ -74,7 +74,8 @@ def read(path: Path, *events: str) -> list[dict[str, Any]]:
         if record["event"] == "restart":
             kept = []
         if record["event"] in ("resume", "rollback"):
-            kept = [k for k in kept if k.get("tokens", 0) <= record["tokens"] or k["event"] in ("resume", "rollback")]
+            incidents = ("resume", "rollback", *(["spike"] if record["event"] == "rollback" else []))
+            kept = [k for k in kept if k.get("tokens", 0) <= record["tokens"] or k["event"] in incidents]
         kept.append(record)
     return [k for k in kept if not events or k["event"] in events]
 

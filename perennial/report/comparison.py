@@ -6,8 +6,8 @@ Terms, for a run that continues a parent checkpoint:
   forgetting        mean over old corpora of (loss after - loss before); positive is worse
   adaptation        mean over new corpora of (loss before - loss after); positive is better
   backward transfer minus the mean forgetting (Lopez-Paz and Ranzato 2017, arXiv 1706.08840, with loss for accuracy)
-  forgetting removed 1 - forgetting / forgetting of the reference: same parent, same new corpora, nothing old in its
-                    mixture; of several the one that forgot most
+  forgetting removed 1 - forgetting / forgetting of the reference: same parent, same new corpora, as many tokens,
+                    nothing old in its mixture; of several the one that forgot most
   compute saved     1 - FLOPs of the run / FLOPs of the baseline: trained from random weights on the old and the new
                     corpora; of several the one with the lowest average loss
 Averages are macro averages: every corpus counts the same.
@@ -305,7 +305,12 @@ class _Comparer:
         if own is None or not row.finished:
             return row
         plain = [
-            r for r in rows if self._is_plain(r) and r.parent == row.parent and set(r.names(NEW)) == set(row.names(NEW))
+            r
+            for r in rows
+            if self._is_plain(r)
+            and r.parent == row.parent
+            and set(r.names(NEW)) == set(row.names(NEW))
+            and abs(r.tokens - row.tokens) <= 0.05 * row.tokens  # more tokens forget more
         ]
         forgotten = {r.label: value(r.forgetting, self.unit) or 0.0 for r in plain}
         reference = max(forgotten, key=lambda label: forgotten[label], default=None)

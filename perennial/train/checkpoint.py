@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from perennial.core import files
 from perennial.core.errors import UserError
@@ -26,7 +26,7 @@ from perennial.core.lineage import LINEAGE_FILE, STATE_FOLDER, Lineage, checkpoi
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.model.huggingface import load_model, save_model
 from perennial.model.transformer import Transformer
-from perennial.optimizers.base import export_state, import_state
+from perennial.optimizers.base import export_state
 from perennial.train.state import Progress
 
 MANIFEST = f"{STATE_FOLDER}/{files.MANIFEST}"
@@ -127,18 +127,6 @@ def load_weights(checkpoint: Path, device: torch.device) -> Transformer:
     """The model of a verified checkpoint, in fp32. Raises UserError for a missing or altered file."""
     verify(checkpoint)
     return load_model(checkpoint, device=device)
-
-
-def load_optimizer(checkpoint: Path, optimizer: Any, *, strict: bool) -> tuple[list[str], list[str]]:
-    """Gives the optimizer the moments stored in a checkpoint; returns parameters kept and fresh."""
-    path = checkpoint / STATE_FOLDER / "optimizer.safetensors"
-    if not path.is_file():
-        if strict:
-            raise UserError(
-                f"{checkpoint}: the checkpoint is incomplete: {STATE_FOLDER}/optimizer.safetensors is missing"
-            )
-        return [], []
-    return import_state(optimizer, load_file(path), strict=strict)
 
 
 def load_progress(checkpoint: Path, recipe_hash: str) -> Progress:

@@ -7,7 +7,9 @@ Every choice is written into the recipe with its reason.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,10 +115,17 @@ def derive(
                 "objective": last.objective,
             }
         ],
-        "batch": {"sequences": last.batch_tokens // last.sequence_length, "sequence_length": last.sequence_length},
+        "batch": {
+            "sequences": last.batch_tokens // last.sequence_length,
+            "sequence_length": last.sequence_length,
+            "micro_batch": last.micro_batch,
+        },
+        "clip": last.clip,
+        "document_mask": last.document_mask,
     }
     reasons.append(
-        f"batch, optimizer and objective: as in the parent's last stage '{last.stage}'; its state is {optimizer_state}"
+        f"batch, clip, document mask, objective and optimizer: as in the parent's last stage '{last.stage}'; "
+        f"the optimizer's state: {optimizer_state}"
     )
     return Derived(parse_recipe(recipe, source="derived recipe"), parent, reasons)
 
@@ -250,13 +259,15 @@ def continue_run(
     checkpoint, base, name = newest_checkpoint(checkpoint), Path.cwd(), out.resolve().name
     given = {**data, **(stand_ins or {})}
     check_place(out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (dry_run or not all(_is_prepared(p) for p in given.values())):
+        raise UserError("torchrun trains on prepared corpora: run `perennial prepare` (or --dry-run) without it first")
     # Preparing text may take hours, so all that can be wrong with what is asked for is found before.
     verify(checkpoint, checksums=False)
     asked = derive(checkpoint, data, stand_ins=stand_ins, budget=budget, base=base, name=name, **choices)
     _check_inputs(checkpoint, given)
     old = {n: corpus.path for n, corpus in old_corpora(asked.recipe, base, asked.parent).items()}
     old |= {n: path for n, path in given.items() if n in asked.parent.lineage.corpora and _is_prepared(path)}
-    with undone_on_error(out):
+    with undone_on_error(out) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
         prepared = {
             n: _prepared(n, p, checkpoint, out, text_field, validation, list(old.values()), quiet)
             for n, p in given.items()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from perennial.core.errors import TrainingStopped
+from perennial.core.lineage import checkpoints_of
 from perennial.core.seeds import derive
 from perennial.train.session import Session
 from perennial.train.spikes import is_spike
@@ -31,7 +32,7 @@ def run(session: Session) -> None:
     progress = session.state.progress
     if progress.tokens == 0 and not progress.before:
         progress.before = session.evaluate("before")
-    if session.resolved.spikes.action == "rollback" and progress.tokens == 0:
+    if session.resolved.spikes.action == "rollback" and not checkpoints_of(session.folder):
         session.save()  # so that there is something to return to
     while session.state.progress.stage < len(session.resolved.stages):
         _run_stage(session)
@@ -89,6 +90,7 @@ def _advance(session: Session, update: Update, rate: float, data_seconds: float,
     progress.tokens += tokens
     progress.updates += 1
     progress.flops += tokens * resolved.flops_per_token
+    progress.stage_flops += tokens * resolved.flops_per_token
     progress.seconds["data"] += data_seconds
     progress.seconds["train"] += train_seconds
     progress.stage_seconds += train_seconds
@@ -127,7 +129,8 @@ def _non_finite(session: Session, error: NonFinite, rows: int) -> None:
 
 def _roll_back(session: Session, skip_to: int, why: str) -> None:
     """Returns to the last checkpoint of this stage and passes over the rows up to `skip_to`."""
-    rollbacks = session.state.progress.rollbacks + 1
+    spent = session.state.progress
+    rollbacks = spent.rollbacks + 1
     if rollbacks > session.resolved.spikes.max_rollbacks:
         raise TrainingStopped(f"{why}: spikes came back after {rollbacks - 1} rollbacks (spikes.max_rollbacks)")
     stage = session.state.progress.stage
@@ -137,6 +140,9 @@ def _roll_back(session: Session, skip_to: int, why: str) -> None:
         raise TrainingStopped(f"{why}: the stage has no checkpoint of its own to return to")
     skipped = [progress.row, skip_to]
     progress.rollbacks = rollbacks
+    # What was computed and thrown away was paid for all the same.
+    progress.flops, progress.stage_flops = spent.flops, spent.stage_flops
+    progress.seconds, progress.stage_seconds = spent.seconds, spent.stage_seconds
     progress.skipped_rows.append(skipped)
     progress.row = skip_to
     session.records.write("rollback", tokens=progress.tokens, skipped_rows=skipped)

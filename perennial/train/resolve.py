@@ -115,7 +115,10 @@ def resolve(
     stages: list[ResolvedStage] = []
     for stage in recipe.stages:
         before = stages[-1].rate_end if stages else (parent.lineage.rate if parent else None)
-        stages.append(_resolve_stage(recipe, stage, parent, corpora, per_token, speed, before))
+        peaks = [*([parent.lineage.peak] if parent else []), *(s.rate_peak for s in stages)]
+        stages.append(
+            _resolve_stage(recipe, stage, parent, corpora, per_token, speed, before, max(peaks, default=None))
+        )
     _check_repetition(recipe, stages, corpora)
     total = sum(s.tokens for s in stages)
     data: dict[str, Any] = {
@@ -177,6 +180,8 @@ def read_parent(path: Path) -> Parent:
     from perennial.model.huggingface import load_config
 
     path = lineages.newest_checkpoint(path)
+    if not lineages.read(path).stages:
+        raise UserError(f"{path}: nothing was trained yet in this checkpoint; take a later one")
     parent = Parent(path, lineages.read(path), load_config(path), TokenizerFolder.open(path).fingerprint)
     check_vocabulary(parent.config, TokenizerFolder.open(path).vocabulary_size, "the same folder", str(path))
     return parent
@@ -292,10 +297,11 @@ def _resolve_stage(
     per_token: float,
     speed: float | None,
     before: float | None,
+    peak: float | None,
 ) -> ResolvedStage:
     updates = max(1, math.ceil(_budget_tokens(stage, per_token, speed) / recipe.batch.tokens - 1e-9))
     tokens = updates * recipe.batch.tokens
-    schedule, problems = plugins.build("schedules", _with_parent_rates(stage, parent, before))
+    schedule, problems = plugins.build("schedules", _with_parent_rates(stage, peak, before))
     raise_problems(problems, f"stage '{stage.name}' schedule")
     optimizer, _ = plugins.build("optimizers", stage.optimizer)
     objective, _ = plugins.build("objectives", stage.objective)
@@ -336,10 +342,10 @@ def _budget_tokens(stage: StageSettings, per_token: float, speed: float | None) 
     return stage.budget.value * speed
 
 
-def _with_parent_rates(stage: StageSettings, parent: Parent | None, before: float | None) -> Any:
+def _with_parent_rates(stage: StageSettings, peak: float | None, before: float | None) -> Any:
     if not isinstance(stage.schedule, dict):
         return stage.schedule
-    values = {"peak": parent.lineage.peak if parent else before}
+    values = {"peak": peak}
     result = {}
     for key, value in stage.schedule.items():
         if value == "parent" and key in STAND_INS:

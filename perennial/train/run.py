@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ import yaml
 from perennial.core import files, records
 from perennial.core.environment import tune_process
 from perennial.core.errors import UserError
+from perennial.core.lineage import newest_checkpoint
 from perennial.core.progress import Progress as ProgressLine
 from perennial.core.settings import check, raise_problems, stable_hash
 from perennial.model.config import ModelConfig
-from perennial.model.cost import num_parameters
 from perennial.model.roles import role_of
 from perennial.model.transformer import Transformer, initialise
 from perennial.train import loop
@@ -26,10 +27,14 @@ from perennial.train.parallel import World, join_world, leave_world, wait_for_al
 from perennial.train.precision import autocast, native_precision
 from perennial.train.recipe import Recipe, parse_recipe, read
 from perennial.train.resolve import Resolved, describe, recipe_hash, relative_to, resolve
-from perennial.train.session import Session, check_memory
+from perennial.train.session import Session, check_memory, check_processes
 
 RECIPE, RESOLVED, EVENTS = "recipe.yaml", "resolved.json", "events.jsonl"
 """The files of a run folder, beside its checkpoints and the corpora that were prepared for it."""
+
+
+class RunIsBusy(UserError):
+    """Another process trains the run; nothing of it may be touched."""
 
 
 def plan(recipe: Recipe, *, base: Path) -> Resolved:
@@ -91,6 +96,8 @@ def undone_on_error(folder: Path) -> Iterator[None]:
     folders = [path for path in (folder / "corpora", folder, *folder.parents) if not path.exists()]
     try:
         yield
+    except RunIsBusy:  # what lies there is the other process's
+        raise
     except (UserError, OSError):
         if not (folder / EVENTS).is_file() or (folder / EVENTS).stat().st_size == 0:
             for path in [*ours, *folders]:
@@ -114,7 +121,29 @@ def read_resolved(folder: Path) -> Resolved:
             f"{path}: was changed by hand, or by another version of Perennial (its recipe_hash is that of other "
             f"settings). A run keeps its recipe: put it back; for other settings start another run from {RECIPE}."
         )
-    return resolved
+    return _found_again(folder, resolved)
+
+
+def _found_again(folder: Path, resolved: Resolved) -> Resolved:
+    """The resolved recipe with the places that moved together with the run folder, as recipe.yaml names them."""
+    places = [facts["path"] for facts in (*resolved.corpora.values(), *([resolved.parent] if resolved.parent else []))]
+    if all(Path(place).exists() for place in places) or not (folder / RECIPE).is_file():
+        return resolved
+    recipe = read(folder / RECIPE)
+    named = {**recipe.evaluation.corpora, **recipe.moved, **recipe.corpora}
+    corpora = {
+        name: {**facts, "path": _moved(facts["path"], folder / named[name])} if name in named else facts
+        for name, facts in resolved.corpora.items()
+    }
+    parent = resolved.parent
+    if parent and recipe.parent and not Path(parent["path"]).exists() and (folder / recipe.parent).exists():
+        parent = {**parent, "path": str(newest_checkpoint((folder / recipe.parent).resolve()))}
+    return resolved.model_copy(update={"corpora": corpora, "parent": parent})
+
+
+def _moved(place: str, now: Path) -> str:
+    """`place` when it is there, else where it lies now, if it does."""
+    return place if Path(place).exists() or not now.exists() else str(now.resolve())
 
 
 def train(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -156,7 +185,7 @@ def _only_here(folder: Path, world: World) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"{folder}: another process is training this run; wait until it ends, or stop it") from None
+        raise RunIsBusy(f"{folder}: another process is training this run; wait until it ends, or stop it") from None
     except OSError:  # a file system that knows no locks
         pass
     try:
@@ -168,6 +197,7 @@ def _only_here(folder: Path, world: World) -> Iterator[None]:
 def start(recipe: Recipe, folder: Path, *, base: Path, header: str = "", quiet: bool = False) -> dict[str, Any]:
     """Makes the run folder (on the main process) and trains."""
     world = join_world()
+    check_processes(recipe.batch.sequences, world)
     with undone_on_error(folder) if world.is_main else contextlib.nullcontext():
         if world.is_main:
             make_run(recipe, folder, base=base, header=header)
@@ -204,7 +234,8 @@ def _differences(one: Recipe, other: Recipe) -> list[str]:
 def tokens_per_second(config: ModelConfig, recipe: Recipe, *, seconds: float = 2.0) -> float:
     """Measured training speed of this model and batch on this machine, in tokens per second.
 
-    Times whole updates on random tokens; 5% are taken off for evaluation and saving.
+    Times whole updates on random tokens; 5% are taken off for evaluation and saving. Under torchrun one process times
+    its own share of the rows; what exchanging gradients costs is not in it.
     """
     from perennial.core import plugins
     from perennial.train.step import TorchBatch
@@ -212,18 +243,19 @@ def tokens_per_second(config: ModelConfig, recipe: Recipe, *, seconds: float = 2
     tune_process()
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     precision = native_precision(device) if recipe.precision == "auto" else recipe.precision
-    check_memory(num_parameters(config).total, device)
+    check_memory(config, device)
     model = Transformer(config).to(device)
     initialise(model, 0)
     optimizer = plugins.build("optimizers", recipe.stages[0].optimizer)[0].build(model.named_parameters(), role_of)
     objective = plugins.build("objectives", recipe.stages[0].objective)[0]
-    rows = recipe.batch.micro_batch or recipe.batch.sequences
+    share = math.ceil(recipe.batch.sequences / int(os.environ.get("WORLD_SIZE", "1")))
+    rows = min(recipe.batch.micro_batch or share, share)
     tokens = torch.randint(config.vocabulary_size, (rows, recipe.batch.sequence_length), device=device)
     times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < until:
         begun = time.perf_counter()
-        for _ in range(recipe.batch.sequences // rows):
+        for _ in range(math.ceil(share / rows)):
             with autocast(precision, device):
                 loss = objective.loss(model, TorchBatch(tokens, tokens, None))
             (loss.total / tokens.numel()).backward()

@@ -30,6 +30,8 @@ from perennial.data.mixture import StageOrder
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.evals.loss import evaluate
 from perennial.model.config import ModelConfig
+from perennial.model.cost import num_parameters, state_bytes
+from perennial.model.huggingface import load_model
 from perennial.model.roles import role_of
 from perennial.model.transformer import Transformer, initialise
 from perennial.objectives.next_token import NextToken
@@ -60,7 +62,7 @@ class RunningStage:
         session.carried = export_state(session.state.optimizer)
         progress.stage += 1
         progress.row = progress.stage_tokens = 0
-        progress.stage_seconds = 0.0
+        progress.stage_seconds = progress.stage_flops = 0.0
         progress.skipped_rows, progress.recent_losses = [], []
 
 
@@ -68,6 +70,7 @@ class Session:
     """Model, optimizer, data, records and console of one run on this process."""
 
     def __init__(self, folder: Path, resolved: Resolved, world: World, *, quiet: bool = False) -> None:
+        check_processes(resolved.batch.sequences, world)
         self.folder, self.resolved, self.world = folder, resolved, world
         self.checkpoints = folder / "checkpoints"
         self.stopped = False
@@ -76,20 +79,22 @@ class Session:
         self.environment = environment()
         self.corpora = _open_corpora(resolved)
         self.by_fingerprint = {c.fingerprint: c for c in self.corpora.values()}
-        self.parent = lineages.read(Path(resolved.parent["path"])) if resolved.parent else None
+        saved = lineages.checkpoints_of(folder)
+        _check_newest(saved, resolved.recipe_hash)
+        self.ancestry = saved[-1] if saved else Path(resolved.parent["path"]) if resolved.parent else None
+        self.parent = self._ancestors() if resolved.parent else None
         self.tokenizer = self._open_tokenizer()
         self.console = ProgressLine("train", total=resolved.tokens, unit="tokens", quiet=quiet or not world.is_main)
         if world.is_main:
             checkpoint.remove_leftovers(self.checkpoints)
         wait_for_all(world)
-        check_memory(resolved.parameters, world.device)
-        saved = lineages.checkpoints_of(self.folder)
+        check_memory(ModelConfig(**resolved.model), world.device)
         self.records = Recorder(folder / "events.jsonl" if world.is_main else None)
         self._board: Any = None
         try:
             self._peak_flops = matmul_rate(resolved.precision, world.device)
             self._board = _open_board(folder) if resolved.tensorboard and world.is_main else None
-            self.state = self._restore(saved) if saved else self._begin()
+            self.state = self._restore(saved[-1]) if saved else self._begin()
         except BaseException:
             self.close()
             raise
@@ -112,15 +117,10 @@ class Session:
         self._record_run()
         return TrainState(self._ready(model), None, Progress())
 
-    def _restore(self, saved: list[Path]) -> TrainState:
-        """The state that the newest checkpoint of this run holds. Raises UserError when it is damaged."""
-        path = saved[-1]
-        try:
-            model = checkpoint.load_weights(path, self.world.device)
-            progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
-        except UserError as error:
-            before = f"from the one before it ({saved[-2].name})" if len(saved) > 1 else "from the beginning"
-            raise UserError(f"{error}\nTo go on {before}, delete {path}.") from None
+    def _restore(self, path: Path) -> TrainState:
+        """The state that the newest checkpoint of this run holds."""
+        model = load_model(path, device=self.world.device)  # it was verified when the session began
+        progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
         self.carried = load_file(path / lineages.STATE_FOLDER / "optimizer.safetensors")
         self.records.write("resume", tokens=progress.tokens)
         self.console.note(f"resuming {self.folder} at {human(progress.tokens, 'tokens')} from {path}")
@@ -132,9 +132,21 @@ class Session:
             model.compile()
         return model
 
+    def _ancestors(self) -> lineages.Lineage:
+        """The parent's lineage: from the run's own newest checkpoint, else from the parent itself."""
+        assert self.ancestry is not None
+        assert self.resolved.parent is not None
+        found = lineages.read(self.ancestry)
+        if str(self.ancestry) == self.resolved.parent["path"]:
+            if found.checkpoint != self.resolved.parent["checkpoint"]:
+                raise UserError(f"{self.ancestry}: is no longer the checkpoint that this run was planned from")
+            return found
+        mine = self.resolved.recipe_hash
+        return found.model_copy(update={"stages": [s for s in found.stages if s.recipe_hash != mine]})
+
     def _open_tokenizer(self) -> TokenizerFolder:
-        if self.resolved.parent:
-            return TokenizerFolder.open(Path(self.resolved.parent["path"]))
+        if self.ancestry is not None:
+            return TokenizerFolder.open(self.ancestry)
         return TokenizerFolder.open(next(iter(self.corpora.values())).path / "tokenizer")
 
     def _record_run(self) -> None:
@@ -232,8 +244,8 @@ class Session:
         for spec in order.specs:
             drawn = rows[spec.name]
             epochs = drawn / max(1, order.available_rows(spec.name))
-            tokens = drawn * batch.sequence_length
             skipped = [order.draws(first, stop)[spec.name] for first, stop in progress.skipped_rows]
+            tokens = (drawn - sum(stop - first for first, stop in skipped)) * batch.sequence_length
             drawn_as = {"rows": drawn, "tokens": tokens, "epochs": round(epochs, 6), "skipped": skipped}
             sources.append({**spec.to_json(), **drawn_as})
         return lineages.StageRecord(
@@ -244,20 +256,29 @@ class Session:
             seed=self.resolved.seed,
             tokens=progress.stage_tokens,
             complete=complete,
-            flops=progress.stage_tokens * self.resolved.flops_per_token,
+            flops=progress.stage_flops,
             seconds=round(progress.stage_seconds, 3),
             sequence_length=batch.sequence_length,
             batch_tokens=batch.tokens,
+            micro_batch=batch.micro_batch,
+            clip=self.resolved.clip,
+            document_mask=self.resolved.document_mask,
             precision=self.resolved.precision,
             schedule=stage.schedule,
             rate_start=stage.rate_start,
-            rate_peak=stage.rate_peak,
+            rate_peak=stage.rate_peak if complete else self._peak_so_far(stage),
             rate_end=progress.rate,
             optimizer=stage.optimizer,
             objective=stage.objective,
             sources=sources,
             skipped_rows=[(a, b) for a, b in progress.skipped_rows],
         ).model_dump(mode="json")
+
+    def _peak_so_far(self, stage: ResolvedStage) -> float:
+        schedule, batch = _component("schedules", stage.schedule), self.resolved.batch.tokens
+        done = self.state.progress.stage_tokens // batch
+        step = max(1, done // 10_000)
+        return max(schedule.rate(u * batch, stage.tokens) for u in [*range(0, done, step), done])
 
     # After each update
 
@@ -445,15 +466,33 @@ def measure_with(model: Any) -> Any:
     return lambda inputs, targets, segments: objective.evaluate(model, TorchBatch(inputs, targets, segments))
 
 
-def check_memory(parameters: int, device: torch.device) -> None:
+def _check_newest(saved: list[Path], recipe_hash: str) -> None:
+    """Raises UserError when the newest checkpoint is damaged or another run's, with the way to go on without it."""
+    try:
+        for path in saved[-1:]:
+            checkpoint.verify(path)
+            checkpoint.load_progress(path, recipe_hash)
+    except UserError as error:
+        before = f"from the one before it ({saved[-2].name})" if len(saved) > 1 else "from the beginning"
+        raise UserError(f"{error}\nTo go on {before}, delete {saved[-1]}.") from None
+
+
+def check_processes(sequences: int, world: World) -> None:
+    """Raises UserError when a batch has no row for some of the processes."""
+    if world.size > sequences:
+        raise UserError(f"{world.size} processes for batch.sequences {sequences}: each process needs a row; use fewer")
+
+
+def check_memory(config: ModelConfig, device: torch.device) -> None:
     """Raises UserError for a model whose weights, gradients and optimizer state cannot fit, whatever is free now."""
-    needed = 12 * parameters  # 4 bytes each; AdamW needs 4 more
+    needed = sum(state_bytes(config, 4))  # 4 bytes of optimizer state per parameter at the least
     on_gpu = device.type == "cuda"
     there = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine_memory_bytes()["total"]
     if there is not None and needed > there:
         raise UserError(
-            f"model: {human(parameters)} parameters need at least {human_bytes(needed)} for weights, gradients and "
-            f"optimizer state; this {'GPU' if on_gpu else 'machine'} has {human_bytes(there)}. Take a smaller model."
+            f"model: {human(num_parameters(config).total)} parameters need at least {human_bytes(needed)} for weights, "
+            f"gradients and optimizer state; this {'GPU' if on_gpu else 'machine'} has {human_bytes(there)}. Take a "
+            "smaller model."
         )
 
 

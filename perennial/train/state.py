@@ -27,6 +27,8 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SECONDS, 0.0))
     """Wall time by what it was spent on: train, data, evaluate, save."""
     stage_seconds: float = 0.0
+    stage_flops: float = 0.0
+    """Spent in this stage, updates that a rollback threw away included; so are `flops` and the seconds."""
     rate: float = 0.0
     """Learning rate of the last update."""
     skipped_rows: list[list[int]] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from perennial.core.lineage import newest_checkpoint
 from perennial.train.continuing import PEAK_EXPONENT, continue_run, derive
 from perennial.train.measuring import evaluate_checkpoint
 from perennial.train.recipe import parse_recipe
-from perennial.train.run import make_run, start
+from perennial.train.resolve import resolve
+from perennial.train.run import make_run, start, train
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +235,65 @@ def test_wrong_input_exits_2_with_one_error(workspace: Any, base: Path, tmp_path
         assert words in answer.stderr
         assert "Traceback" not in answer.stderr
         assert not (tmp_path / "r").exists()
+
+
+def test_a_child_goes_on_when_its_parent_is_gone(workspace: Any, base: Path, tmp_path: Path) -> None:
+    """Its own checkpoints hold the lineage and the tokenizer."""
+    parent = tmp_path / "parent"
+    shutil.copytree(base, parent)
+    whole = tmp_path / "whole"
+    continue_run(parent, {"new": workspace.new}, budget="4096 tokens", out=whole, replay="25%", quiet=True)
+    child = tmp_path / "child"
+    shutil.copytree(whole, child)
+    shutil.rmtree(child / "checkpoints/4096")
+    lines = [line for line in (child / "events.jsonl").read_text().splitlines() if '"done"' not in line]
+    (child / "events.jsonl").write_text("\n".join(lines) + "\n")
+    shutil.rmtree(parent)
+    assert train(child, quiet=True)["complete"]
+    one, other = lineage.read(newest_checkpoint(whole)), lineage.read(newest_checkpoint(child))
+    assert one.checkpoint == other.checkpoint
+    assert [(s.run, s.tokens) for s in one.stages] == [(s.run, s.tokens) for s in other.stages]
+
+
+def test_a_moved_workspace_is_found_again(workspace: Any, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(workspace.old, here / "corpora/old")
+    recipe = workspace.recipe(corpora={"old": "corpora/old"})
+    start(parse_recipe(recipe), here / "run", base=here, quiet=True)
+    shutil.rmtree(here / "run/checkpoints/3072")
+    lines = [line for line in (here / "run/events.jsonl").read_text().splitlines() if '"done"' not in line]
+    (here / "run/events.jsonl").write_text("\n".join(lines) + "\n")
+    here.rename(tmp_path / "there")
+    assert train(tmp_path / "there/run", quiet=True)["tokens"] == 3072
+
+
+def test_the_child_is_trained_as_the_parent_was(workspace: Any, tmp_path: Path) -> None:
+    batch = {"sequences": 8, "sequence_length": 32, "micro_batch": 4}
+    start(
+        parse_recipe(workspace.recipe(batch=batch, clip=0.5, document_mask=True)),
+        tmp_path / "p",
+        base=Path(),
+        quiet=True,
+    )
+    derived = derive(
+        newest_checkpoint(tmp_path / "p"),
+        {"new": workspace.new},
+        budget="1K tokens",
+        base=Path(),
+        name="c",
+        replay="0%",
+    ).recipe
+    assert (derived.batch.micro_batch, derived.clip, derived.document_mask) == (4, 0.5, True)
+
+
+def test_peak_parent_is_the_highest_rate_so_far(workspace: Any) -> None:
+    recipe = workspace.recipe()
+    again = {
+        **recipe["stages"][0],
+        "name": "again",
+        "schedule": {"name": "rewarm", "start": "parent", "peak": "parent"},
+    }
+    recipe["stages"].append(again)
+    first, second = resolve(parse_recipe(recipe), base=Path(), precision="fp32").stages
+    assert second.rate_peak == pytest.approx(first.rate_peak, rel=0.02)  # peaks are those of updates
+    assert second.rate_start == first.rate_end < first.rate_peak

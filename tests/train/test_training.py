@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,6 +275,29 @@ def test_rollback_returns_to_the_checkpoint_and_passes_over_the_span(
     assert record.skipped_rows == [(32, 56)]
     assert record.tokens == 3072
     assert record.sources[0]["rows"] == 96 + 24
+    assert record.sources[0]["tokens"] == 3072  # what was passed over was not trained on
+    one_update = record.flops / (12 + 2)
+    assert one_update == pytest.approx(256 * resolved_flops(tmp_path / "run"))  # two updates were made twice
+
+
+def resolved_flops(run: Path) -> float:
+    return float(json.loads((run / "resolved.json").read_text())["flops_per_token"])
+
+
+def test_a_second_process_on_a_run_leaves_it_alone(workspace: Any, tmp_path: Path) -> None:
+    import fcntl
+
+    recipe = workspace.recipe()
+    start(parse_recipe(recipe), tmp_path / "done", base=Path(), quiet=True)
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "done", run, ignore=shutil.ignore_patterns("events.jsonl", "checkpoints"))
+    descriptor = os.open(run, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process"):
+        start(parse_recipe(recipe), run, base=Path(), quiet=True)
+    os.close(descriptor)
+    assert (run / "resolved.json").exists()
+    assert (run / "recipe.yaml").exists()
 
 
 def test_spikes_are_told_from_noise() -> None:
@@ -302,8 +326,6 @@ def test_a_folder_with_other_things_is_refused(workspace: Any, tmp_path: Path) -
 )
 @pytest.mark.parametrize("how", ["missing", "altered", "truncated"])
 def test_a_damaged_checkpoint_is_refused_by_name(straight: Path, tmp_path: Path, name: str, how: str) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(newest_checkpoint(straight), copy)
     if how == "missing":
