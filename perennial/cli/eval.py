@@ -31,6 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="default: what the machine does natively"
     )
+    parser.add_argument(
+        "--against", metavar="CHECKPOINT", help="measure this one too, such as the parent, and state the differences"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=None if amount.unit == "share" else int(amount.value),
         sequence_length=args.sequence_length,
         precision=args.precision,
+        against=newest_checkpoint(Path(args.against)) if args.against else None,
     )
     if args.json:
         print(json.dumps(result, indent=2))
@@ -68,4 +72,6 @@ def run(args: argparse.Namespace) -> int:
         for name, values in result.get("against_parent", {}).get(kind, {}).items():
             nats, bits = values["nats_per_token"], values["bits_per_byte"]
             print(f"{kind} on {name}: {nats:+.4f} nats/token, {bits:+.4f} bits/byte")
+    if "against_parent" in result and not any(result["against_parent"].values()):
+        print("The parent was measured on other text; --against PARENT states forgetting and adaptation.")
     return 0

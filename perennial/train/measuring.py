@@ -53,11 +53,14 @@ def evaluate_checkpoint(
     max_tokens: int | None = 65536,
     sequence_length: int | None = None,
     precision: str = "auto",
-    document_mask: bool = False,
+    document_mask: bool | None = None,
+    against: Path | None = None,
 ) -> dict[str, Any]:
-    """Losses of a checkpoint: {'checkpoint', 'corpora': {name: measures}, and forgetting/adaptation where known}.
+    """Losses of a checkpoint: {'checkpoint', 'corpora': {name: measures}}, and 'against_parent' where that is known.
 
-    sequence_length: None takes what the checkpoint was last trained with, else its context.
+    sequence_length and document_mask: None takes what the checkpoint was last trained with (else its context, False).
+    against: a checkpoint that is measured on the same text, such as the parent; without it forgetting and adaptation
+    are stated for the corpora of which the lineage holds the parent's loss on exactly the same text.
     """
     tune_process()
     if sequence_length is not None and sequence_length < 1:
@@ -74,6 +77,8 @@ def evaluate_checkpoint(
     lineage = (
         lineages.read(checkpoint) if (checkpoint / lineages.STATE_FOLDER / lineages.LINEAGE_FILE).is_file() else None
     )
+    if document_mask is None:
+        document_mask = lineage is not None and lineage.stages[-1].document_mask
     length = sequence_length or (lineage.stages[-1].sequence_length if lineage else model.config.context)
     if length > model.config.context:
         raise UserError(f"sequence_length {length} is longer than the model's context of {model.config.context} tokens")
@@ -90,9 +95,31 @@ def evaluate_checkpoint(
     result: dict[str, Any] = {"checkpoint": str(checkpoint), "sequence_length": length, "corpora": measured}
     if lineage is not None:
         result["id"] = lineage.checkpoint
-        before = lineage.evaluation.get("before", {})
-        new = {s["name"] for s in lineage.runs()[-1][-1].sources if s["role"] == "fresh"}
-        old = [n for n in measured if n not in new]
-        if len(lineage.runs()) > 1 and before:
-            result["against_parent"] = transfer(before, measured, old, [n for n in measured if n in new])
+        if against is not None:
+            same: dict[str, Any] = {"max_tokens": max_tokens, "sequence_length": length, "precision": precision}
+            before = evaluate_checkpoint(against, data, document_mask=document_mask, **same)["corpora"]
+        else:
+            before = _known_before(lineage, corpora, measured)
+        old, new = _old_and_new(lineage, corpora)
+        if len(lineage.runs()) > 1:
+            result["against_parent"] = transfer(before, measured, old, new)
     return result
+
+
+def _known_before(
+    lineage: lineages.Lineage, corpora: Mapping[str, Corpus], measured: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The parent's losses in the lineage, of corpora that it was measured on with just the text of `measured`."""
+    names = {facts["fingerprint"]: name for name, facts in lineage.corpora.items()}
+    recorded = lineage.evaluation.get("before", {})
+    found = {name: recorded.get(names.get(corpus.fingerprint, name), {}) for name, corpus in corpora.items()}
+    same = ("tokens", "bytes")
+    return {n: f for n, f in found.items() if f and all(f[key] == measured[n][key] for key in same)}
+
+
+def _old_and_new(lineage: lineages.Lineage, corpora: Mapping[str, Corpus]) -> tuple[list[str], list[str]]:
+    """The corpora that earlier runs consumed, and those that the last run was the first to consume."""
+    *earlier, last = [{s["fingerprint"] for stage in run for s in stage.sources} for run in lineage.runs()]
+    seen = set().union(*earlier)
+    old = [name for name, corpus in corpora.items() if corpus.fingerprint in seen]
+    return old, [name for name, corpus in corpora.items() if corpus.fingerprint in last - seen]

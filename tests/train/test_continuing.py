@@ -297,3 +297,12 @@ def test_peak_parent_is_the_highest_rate_so_far(workspace: Any) -> None:
     first, second = resolve(parse_recipe(recipe), base=Path(), precision="fp32").stages
     assert second.rate_peak == pytest.approx(first.rate_peak, rel=0.02)  # peaks are those of updates
     assert second.rate_start == first.rate_end < first.rate_peak
+
+
+def test_forgetting_is_stated_only_on_the_same_text(workspace: Any, base: Path, tmp_path: Path) -> None:
+    continue_run(base, {"new": workspace.new}, budget="1024 tokens", out=tmp_path / "c", replay="0%", quiet=True)
+    child, data = newest_checkpoint(tmp_path / "c"), {"old": workspace.old, "new": workspace.new}
+    other_text = evaluate_checkpoint(child, data, max_tokens=512)["against_parent"]
+    assert not other_text["forgetting"]
+    measured_too = evaluate_checkpoint(child, data, max_tokens=512, against=newest_checkpoint(base))["against_parent"]
+    assert (set(measured_too["forgetting"]), set(measured_too["adaptation"])) == ({"old"}, {"new"})
