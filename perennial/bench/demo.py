@@ -290,7 +290,8 @@ def _planned_tokens(demo: Demo, corpora: dict[str, Path], spent: float, say: Cal
             "batch": BATCH,
         }
         speed = tokens_per_second(config, parse_recipe(recipe))
-        seconds = max(10.0, demo.minutes * 60 * 0.82 - spent)  # the rest: evaluation, saving, the report, start-up
+        # Five starts and the report take some 25 s, evaluation and saving about a tenth of the rest.
+        seconds = max(10.0, (demo.minutes * 60 - 25 - spent) * 0.9)
         most = min(int(3.5 * c.train.num_tokens) for c in opened.values())
         wanted = int(speed * seconds / 6)
         write_json(
