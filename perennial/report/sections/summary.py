@@ -142,7 +142,8 @@ def _tiles(comparison: Comparison, row: Row) -> str:
     tiles = []
     reference, forgotten = comparison.row(row.forgetting_reference), value(row.forgetting, unit)
     if reference is not None and row.forgetting_removed is not None:
-        against = f"the old loss rose by {loss(forgotten)}, that of {_name(reference.label)} by "
+        moved = "rose" if (forgotten or 0.0) >= 0 else "fell"
+        against = f"the old loss {moved} by {loss(abs(forgotten or 0.0))}, that of {_name(reference.label)} rose by "
         against += f"{loss(value(reference.forgetting, unit))} {unit_name}"
         tiles.append(("Forgetting removed", percent(row.forgetting_removed), "", against))
     elif forgotten is not None:
