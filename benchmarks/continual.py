@@ -116,7 +116,7 @@ def main() -> None:
 
 def summary(shift: str, comparisons: list[Any]) -> str:
     """The mean over seeds of every measure with its 95 % Student-t interval, as Markdown."""
-    from perennial.core.statistics import mean_interval
+    from perennial.core.statistics import mean_interval, verdict
 
     def cell(values: list[float | None], form: str) -> str:
         known = [v for v in values if v is not None]
@@ -141,6 +141,13 @@ def summary(shift: str, comparisons: list[Any]) -> str:
         saved = cell([r.compute_saved for r in rows], ".1%")
         cells = [row.label, *losses, *bits, f"{row.tokens:,}", f"{row.flops:.3g}", removed, saved]
         lines.append("| " + " | ".join(cells) + " |")
+    averages = {
+        row.label: [c.rows[i].average.nats_per_token for c in comparisons] for i, row in enumerate(comparisons[0].rows)
+    }
+    kept = next(values for label, values in averages.items() if label.startswith("(c) default"))
+    for name in FURTHER:
+        judged = verdict(averages[f"({name})"], kept, names=(name, "the default"), quantity="average loss in nats")
+        lines += ["", f"{judged.text}."]
     return "\n".join([*lines, ""]) + "\n"
 
 

@@ -79,7 +79,7 @@ def test_a_compiled_model_trains_the_same(workspace: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_learns_and_resumes(workspace: Any, tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_learns_and_repeats(workspace: Any, tmp_path: Path) -> None:
     first = run_with(workspace, tmp_path / "one", precision="bf16")
     assert first[-1] < first[0]
     assert run_with(workspace, tmp_path / "two", precision="bf16") == pytest.approx(first, abs=1e-3)
