@@ -1,16 +1,16 @@
-"""Continue the pre-training of a checkpoint on new data without forgetting."""
+"""Continue the pre-training of a checkpoint, or of any Hugging Face model folder, on new data without forgetting."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "continue a checkpoint on new data, with the recipe derived from its lineage"
+HELP = "continue a model on new data, with the recipe derived from its lineage"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run folder (its newest checkpoint)"
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint or model folder, or a run folder (its newest checkpoint)"
     )
     parser.add_argument(
         "--data", action="append", required=True, metavar="NAME=PATH", help="new data: raw text or a prepared corpus"
@@ -21,7 +21,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--replay",
         action="append",
         metavar="SHARE|NAME=PATH",
-        help="share of replayed old data ('25%%'; default: by the measured shift), or a corpus in its place",
+        help="share of replayed old data ('25%%'; default: by the measured shift), or a corpus in its place, such as "
+        "a stand-in for what a model from elsewhere was trained on; both may be given",
+    )
+    parser.add_argument(
+        "--parent",
+        action="append",
+        default=[],
+        metavar="FACT=VALUE",
+        help="what you know of the past of a model from elsewhere: tokens=2T, flops=1e22, peak=3e-4 (highest learning "
+        "rate) or rate=3e-5 (final one); the rest is estimated",
     )
     parser.add_argument(
         "--moved", action="append", default=[], metavar="NAME=PATH", help="where a corpus of the parent lies now"
@@ -34,6 +43,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer-state", choices=["keep", "reset"], default="keep", help="moments of the parent (default: keep)"
     )
     parser.add_argument("--seed", type=int, help="default: the parent's + 1")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the derived recipe, as in batch.sequence_length=512",
+    )
     parser.add_argument("--text-field", default="text", help="field with the text in raw .jsonl or .parquet data")
     parser.add_argument(
         "--validation", default="1%", metavar="SHARE", help="share of raw documents kept for validation"
@@ -55,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     from perennial.cli._names import named_paths
     from perennial.train.continuing import continue_run
+    from perennial.train.origin import stated_facts
     from perennial.train.resolve import describe
 
     replay = args.replay or []
@@ -76,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         schedule=args.schedule,
         optimizer_state=args.optimizer_state,
         seed=args.seed,
+        facts=stated_facts(args.parent),
+        settings=args.set,
     )
     if args.dry_run:
         resolved = result.pop("resolved")

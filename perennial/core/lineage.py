@@ -1,13 +1,14 @@
 """Lineage: what a checkpoint remembers of how it was made, from its first ancestor to now.
 
 Stored as `perennial/lineage.json` inside the checkpoint folder. One `StageRecord` per stage of training, oldest first,
-across all runs that led here; the evaluation is that of the last run, before and after.
+across all runs that led here; the evaluation is that of the last run, before and after. A model that began outside of
+Perennial has an `Origin`: what is known of that beginning, and what is only estimated.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from perennial.core.errors import UserError
 from perennial.core.files import read_json
@@ -16,6 +17,8 @@ from perennial.core.settings import Settings, check, raise_problems
 FORMAT = 1
 STATE_FOLDER = "perennial"
 LINEAGE_FILE = "lineage.json"
+TASKS_FILE = "tasks.json"
+"""Results on tasks, measured after the checkpoint was written: {'tasks': {task: {metric: value}}, ...}."""
 
 
 class StageRecord(Settings):
@@ -49,8 +52,45 @@ class StageRecord(Settings):
     objective: dict[str, Any]
     sources: list[dict[str, Any]]
     """SourceSpecs with the `rows`, `tokens` and `epochs` drawn, and the `skipped` draws, which only `rows` counts."""
+    new_rows: tuple[int, int] | None = None
+    """First and last + 1 of the ids whose rows were all that was trained; None: the whole model was."""
     skipped_rows: list[tuple[int, int]] = []
     """Stretches of rows of the stage passed over after a loss spike."""
+
+
+class Fact(Settings):
+    """A number of a model's past, and how far it can be relied on."""
+
+    value: float
+    is_estimate: bool
+    """False when somebody who knows has stated it."""
+    basis: str
+    """Who stated it, or the rule and source that it was estimated by."""
+
+
+class Origin(Settings):
+    """What is known, and what is estimated, of a model that was not trained by Perennial."""
+
+    name: str
+    model_type: str
+    """As in its config.json."""
+    weights: str
+    """Id: the first 16 hex digits of the sha256 over the weight files, as for checkpoints."""
+    license: str | None = None
+    """As the model card states it, else the name of the licence file; None: neither is there."""
+    parameters: int
+    through: Literal["native", "transformers"]
+    """What runs the model."""
+    parity: dict[str, Any] | None = None
+    """{'max_difference', 'tokens', 'dtype'} of the logits against `transformers`; None: not compared."""
+    tokens: Fact
+    """Tokens that it was trained on before."""
+    peak: Fact
+    """The highest learning rate before."""
+    rate: Fact
+    """The learning rate at which training stopped."""
+    flops: Fact
+    """Training FLOPs spent before."""
 
 
 class Lineage(Settings):
@@ -63,28 +103,36 @@ class Lineage(Settings):
     evaluation: dict[str, Any] = {}
     """{'before': {corpus: measures}, 'after': {...}} of the last run; 'base' holds the parent's own numbers."""
     corpora: dict[str, dict[str, Any]] = {}
-    """Every corpus ever consumed: name -> {path, fingerprint, tokenizer}."""
+    """Every corpus ever consumed: name -> {path, fingerprint, tokenizer}; 'stands_in' marks one that was named in the
+    place of unknown data of the model's beginning."""
     environment: dict[str, Any] = {}
+    origin: Origin | None = None
+    """What came before the first stage; None when that began with random weights."""
+    changes: list[dict[str, Any]] = []
+    """Operations on the model that are not training, oldest first: {'operation': 'vocab extend', ...}."""
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on since the first ancestor."""
-        return sum(s.tokens for s in self.stages)
+        """Tokens trained on since the first ancestor, those before the first stage included."""
+        return sum(s.tokens for s in self.stages) + (round(self.origin.tokens.value) if self.origin else 0)
 
     @property
     def flops(self) -> float:
-        """Training FLOPs spent since the first ancestor."""
-        return sum(s.flops for s in self.stages)
+        """Training FLOPs spent since the first ancestor, those before the first stage included."""
+        return sum(s.flops for s in self.stages) + (self.origin.flops.value if self.origin else 0.0)
 
     @property
     def rate(self) -> float:
-        """The learning rate at which training stopped."""
-        return self.stages[-1].rate_end if self.stages else 0.0
+        """The learning rate at which training of the whole model stopped."""
+        if whole := [s for s in self.stages if s.new_rows is None]:
+            return whole[-1].rate_end
+        return self.origin.rate.value if self.origin else 0.0
 
     @property
     def peak(self) -> float:
         """The highest learning rate that this model ever saw."""
-        return max((s.rate_peak for s in self.stages), default=0.0)
+        rates = [s.rate_peak for s in self.stages if s.new_rows is None]
+        return max(rates + ([self.origin.peak.value] if self.origin else []), default=0.0)
 
     def runs(self) -> list[list[StageRecord]]:
         """The stages grouped by run, oldest first."""
@@ -97,13 +145,21 @@ class Lineage(Settings):
         return groups
 
 
+def has_lineage(checkpoint: Path) -> bool:
+    """Whether a folder says how it was made; a model from elsewhere does not."""
+    return (checkpoint / STATE_FOLDER / LINEAGE_FILE).is_file()
+
+
 def read(checkpoint: Path) -> Lineage:
-    """The lineage of a checkpoint folder. Raises UserError when it has none or another format."""
+    """The lineage of a checkpoint folder; results on tasks that lie beside it are its evaluation's 'tasks'.
+
+    Raises UserError when it has none or another format.
+    """
     path = checkpoint / STATE_FOLDER / LINEAGE_FILE
-    if not path.is_file():
+    if not has_lineage(checkpoint):
         raise UserError(
             f"{checkpoint}: this checkpoint has no lineage ({STATE_FOLDER}/{LINEAGE_FILE}), so its data, learning rate "
-            "and compute are unknown, and this version continues only checkpoints that have one."
+            "and compute are unknown."
         )
     data = read_json(path, "lineage")
     if data.get("format") != FORMAT:
@@ -111,7 +167,19 @@ def read(checkpoint: Path) -> Lineage:
     lineage, problems = check(Lineage, data)
     raise_problems(problems, str(path))
     assert lineage is not None
+    if tasks := _tasks(checkpoint):
+        return lineage.model_copy(update={"evaluation": {**lineage.evaluation, "tasks": tasks}})
     return lineage
+
+
+def _tasks(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / STATE_FOLDER / TASKS_FILE
+    if not path.is_file():
+        return {}
+    data = read_json(path, "file of task results")
+    if not isinstance(data, dict) or not isinstance(data.get("tasks"), dict):
+        raise UserError(f"{path}: not a file of task results: it has no 'tasks'")
+    return dict(data["tasks"])
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -123,7 +191,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 def newest_checkpoint(path: Path) -> Path:
     """`path` when it is a checkpoint, else the newest checkpoint of the run folder `path`. Raises UserError."""
-    if (path / "config.json").is_file() or (path / STATE_FOLDER / LINEAGE_FILE).is_file():
+    if (path / "config.json").is_file() or has_lineage(path):
         return path
     found = checkpoints_of(path)
     if not found:

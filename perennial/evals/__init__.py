@@ -1,1 +1,1 @@
-"""Checkpoint to numbers: validation losses, forgetting and adaptation."""
+"""Checkpoint to numbers: validation losses, forgetting and adaptation, scores on tasks."""

@@ -1,4 +1,4 @@
-"""Causal attention, optionally held inside documents; one function, whatever kernel the device has.
+"""Causal attention, optionally held inside documents or a window; one function, whatever kernel the device has.
 
 Shapes: B rows, T positions, H query heads, G key-value heads, R = H / G, K head width. Scores are q.k / sqrt(K).
 
@@ -19,29 +19,50 @@ from perennial.model.blocks import blocks, keeps_weights
 from perennial.model.operations import runs_by_hand
 
 
-def document_mask(segments_BT: Tensor | None) -> Tensor | None:
-    """Where a query (second dimension) may look, bool (B, T, T): the past of its own document. None: all the past."""
-    if segments_BT is None:
+def attention_mask(
+    length: int,
+    segments_BT: Tensor | None,
+    window: int | None,
+    *,
+    start: int = 0,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Where queries at positions `start` to `start + length` may look, bool (B or 1, T, start + T); None: all the past.
+
+    segments: only the same document. window: only the last `window` positions, their own included, as Jiang et al.
+    2023 (Mistral 7B, arXiv 2310.06825, section 2) have it.
+    """
+    stop = start + length
+    is_narrow = window is not None and window < stop
+    if segments_BT is None and not is_narrow and (start == 0 or length == 1):
         return None
-    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return same_BTT.tril()
+    queries = torch.arange(start, stop, device=device)[:, None]
+    keys = torch.arange(stop, device=device)[None, :]
+    seen = keys <= queries
+    if window is not None:
+        seen &= keys > queries - window
+    if segments_BT is None:
+        return seen[None]
+    assert start == 0, "documents are told apart in training, where nothing is cached"
+    return seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
-def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_BTT: Tensor | None) -> Tensor:
-    """Softmax-weighted values, shape (B, T, H, K). `mask_BTT` is `document_mask`'s.
+def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax-weighted values, shape (B, T, H, K). `mask` is `attention_mask`'s; S > T keys when some were cached.
 
     Source: Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762, section 3.2.1; Ainslie et al. 2023, GQA,
     arXiv 2305.13245, section 2.2, for key-value heads that R query heads share.
     """
-    if runs_by_hand(q_BTHK):
-        return _in_blocks(q_BTHK, k_BTGK, v_BTGK, mask_BTT)
+    is_whole = q_BTHK.shape[1] == k_BSGK.shape[1]
+    if is_whole and runs_by_hand(q_BTHK):
+        return _in_blocks(q_BTHK, k_BSGK, v_BSGK, mask)
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
-        k_BTGK.transpose(1, 2),
-        v_BTGK.transpose(1, 2),
-        attn_mask=None if mask_BTT is None else mask_BTT[:, None],
-        is_causal=mask_BTT is None,
-        enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2],
+        k_BSGK.transpose(1, 2),
+        v_BSGK.transpose(1, 2),
+        attn_mask=None if mask is None else mask[:, None],
+        is_causal=mask is None and is_whole,
+        enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
     )
     return out_BHTK.transpose(1, 2)
 

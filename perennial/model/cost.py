@@ -35,32 +35,42 @@ class Parameters:
     """Number of parameters by role; `head` is 0 when the embedding serves as the head."""
 
     embedding: int
+    """Of tokens, and of positions where they are learned."""
     head: int
     matrix: int
     norm: int
+    bias: int
 
     @property
     def total(self) -> int:
         """Every parameter."""
-        return self.embedding + self.head + self.matrix + self.norm
+        return self.embedding + self.head + self.non_embedding
 
     @property
     def non_embedding(self) -> int:
         """All but embedding and head: what a preset's name counts."""
-        return self.matrix + self.norm
+        return self.matrix + self.norm + self.bias
 
 
 def num_parameters(config: ModelConfig) -> Parameters:
-    """Per layer 2 D Q + 2 D S + 3 D F and two gains of D (with QK-norm, two of a head's width too); one last gain."""
+    """Per layer 2 D Q + 2 D S + 3 D F (without a gate 2 D F) and two norms of D; one last norm; biases where there are.
+
+    Norms over each query and key head have two gains of a head's width, over all of them Q + S.
+    """
     D, Q, S = config.width, config.heads * config.head_width, config.kv_heads * config.head_width
+    F, L = config.mlp_width, config.layers
     table = config.vocabulary_size * D
-    matrix = 2 * D * Q + 2 * D * S + 3 * D * config.mlp_width
-    norm = 2 * D + (2 * config.head_width if config.qk_norm else 0)
+    matrix = 2 * D * Q + 2 * D * S + (3 if config.gated_mlp else 2) * D * F
+    norm = 2 * D + {"none": 0, "head": 2 * config.head_width, "projection": Q + S}[config.qk_norm]
+    bias = config.qkv_bias * (Q + 2 * S) + config.output_bias * D
+    bias += config.mlp_bias * ((2 if config.gated_mlp else 1) * F + D)
+    shifts = D if config.norm == "layer" else 0
     return Parameters(
-        embedding=table,
+        embedding=table + (config.context * D if config.positions == "learned" else 0),
         head=0 if config.tied_embeddings else table,
-        matrix=config.layers * matrix,
-        norm=config.layers * norm + D,
+        matrix=L * matrix,
+        norm=L * norm + D,
+        bias=L * (bias + 2 * shifts) + shifts,
     )
 
 
@@ -155,27 +165,42 @@ def activation_bytes(
     """Bytes that `Transformer.forward` saves for the backward pass; equal to those counted on a CPU.
 
     With c = 4 bytes (bf16: 2), per token and layer: the residual stream before each of the two norms and the norm's
-    scale, 2 (4 D + 4); the normed values 2 c D; queries, keys, values and the heads' output c (2 Q + 2 S); gate,
-    silu(gate), up and their product 4 c F; with QK-norm, queries and keys before it and their scales c (Q + S) + 4 (H
-    + G). Attention weights: c per score on a CPU when rows are short enough to keep them (see `blocks`), on a GPU the
-    log-sum of each query. Once: token ids, the stream before the last norm, the rotary table and the mask. Under
+    scale, 2 (4 D + 4), of LayerNorm two of them; the normed values 2 c D; queries, keys, values and the heads' output
+    c (2 Q + 2 S); gate, silu(gate), up and their product 4 c F, without a gate up and its activation 2 c F; with
+    QK-norm, queries and keys before it and their scales c (Q + S) + 4 (H + G), or + 8. In a parallel layer both norms
+    read one stream; norms on what is added read that, in c bytes, in place of the stream. Attention weights: c per
+    score on a CPU when rows are short enough to keep them (see `blocks`), on a GPU the log-sum of each query. Once:
+    token ids, the stream before the last norm, the rotary table and the masks. Under
     autocast, bf16 copies of all matrices.
     Assumption: the GPU's fused kernels save the same tensors but for the attention weights; to be counted on a GPU.
     """
     D, Q, S = config.width, config.heads * config.head_width, config.kv_heads * config.head_width
     T, N = sequence_length, rows * sequence_length
     c = _BF16 if precision == "bf16" else _FP32
-    stream_and_scale = _FP32 * (D + 1)
-    per_token = 2 * stream_and_scale + c * (2 * D + 2 * Q + 2 * S + 4 * config.mlp_width)
-    if config.qk_norm:
-        per_token += c * (Q + S) + _FP32 * (config.heads + config.kv_heads)
+    scale = _FP32 * (1 if config.norm == "rms" else 2)
+    stream = _FP32 * D if config.norm_position == "before" else c * D
+    streams = (1 if config.parallel_residual else 2) * stream
+    inner = (4 if config.gated_mlp else 2) * config.mlp_width
+    per_token = streams + 2 * scale + c * (2 * D + 2 * Q + 2 * S + inner)
+    if config.qk_norm != "none":
+        norms = config.heads + config.kv_heads if config.qk_norm == "head" else 2
+        per_token += c * (Q + S) + _FP32 * norms
     if device == "cpu":
         attention = c * rows * config.heads * num_scores(T) if keeps_weights(T) else 0
     else:
         attention = _FP32 * N * config.heads
-    once = N * (_INT64 + stream_and_scale) + _FP32 * 2 * T * config.head_width + (rows * T * T if document_mask else 0)
+    once = N * (_INT64 + _FP32 * D + scale) + _mask_bytes(config, rows, T, document_mask)
+    once += _FP32 * 2 * T * config.rotary_width if config.positions == "rotary" else 0
     copies = _BF16 * num_parameters(config).matrix if precision == "bf16" else 0
     return config.layers * (N * per_token + attention) + once + copies
+
+
+def _mask_bytes(config: ModelConfig, rows: int, T: int, document_mask: bool) -> int:
+    """One byte per pair of positions, for each kind of mask: of each row for documents, else one for windows."""
+    windows = {config.window_of(number) for number in range(config.layers)}
+    if document_mask:
+        return len(windows) * rows * T * T
+    return sum(T * T for window in windows if window is not None and window < T)
 
 
 def loss_bytes(config: ModelConfig, *, tokens: int, precision: Precision, chunk_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""RMSNorm and rotary positions.
+"""Norms and the rotary turn.
 
 Each is torch's plain formula, and beside it, for eager execution on a CPU, an autograd function of the same result
 with fewer passes over memory: torch has fused kernels for these on a GPU, and its compiler makes them, but on a CPU a
@@ -83,23 +83,25 @@ class _RmsNormOnCpu(torch.autograd.Function):
         return dx.to(x.dtype), d_weight.to(weight.dtype), None, None
 
 
-def rotary_table(length: int, head_width: int, theta: float, like: Tensor) -> Tensor:
-    """cos and signed sin of every angle t theta^(-2i/K), shape (2, T, 1, K), in fp32 (fp64 for a fp64 model).
+def layer_norm(x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor, epsilon: float) -> Tensor:
+    """(x - mean) / sqrt(variance + epsilon) * weight + bias over the last dimension, in fp32 or wider.
 
-    Both halves of K hold the same angles; sin is negative in the first. It is made anew in each forward pass, which
-    costs a few microseconds, so there is no cache to go stale.
-    Source: Su et al. 2021, RoFormer, arXiv 2104.09864, section 3.4, in the layout of Llama (pairs i, i + K/2).
+    The result is in `compute_dtype(x)`, as for `rms_norm`. torch's own kernel is fused on a CPU too.
+    Source: Ba et al. 2016, Layer Normalization, arXiv 1607.06450, equation 4.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    even = torch.arange(0, head_width, 2, device=like.device, dtype=dtype)
-    positions = torch.arange(length, device=like.device, dtype=dtype)
-    angles = positions[:, None] * (1.0 / theta ** (even / head_width))
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))[:, :, None, :]
+    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    normed = F.layer_norm(x_BTD.to(dtype), weight_D.shape, weight_D.to(dtype), bias_D.to(dtype), epsilon)
+    return normed.to(compute_dtype(x_BTD))
 
 
 def rotate(x_BTHK: Tensor, table: Tensor) -> Tensor:
-    """Turns the pairs (i, i + K/2) of every head by their position's angles; computed in the table's dtype."""
+    """Turns the pairs (i, i + R/2) of every head by their position's angles; computed in the table's dtype.
+
+    R is the table's last dimension; what a head has beyond it is left as it is.
+    """
+    turned_width = table.shape[-1]
+    if turned_width < x_BTHK.shape[-1]:
+        return torch.cat((rotate(x_BTHK[..., :turned_width], table), x_BTHK[..., turned_width:]), dim=-1)
     if runs_by_hand(x_BTHK):
         turned: Tensor = _RotateOnCpu.apply(x_BTHK, table, 1.0)
         return turned

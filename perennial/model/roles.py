@@ -1,8 +1,8 @@
 """What each parameter is for, by its name: what optimizers, growth and the cost table go by.
 
-Roles: 'embedding', the input embedding (also the head when they are tied); 'head', the output projection when it has
-weights of its own; 'norm', the gain of a norm; 'bias', none in this model, for parameters that a user adds; 'matrix',
-every other two-dimensional weight.
+Roles: 'embedding', the input embedding (also the head when they are tied) and that of positions; 'head', the output
+projection when it has weights of its own; 'norm', the gain of a norm; 'bias', of a matrix or a norm; 'matrix', every
+other two-dimensional weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def role_of(name: str) -> str:
     if kind == "bias":
         return "bias"
     if kind == "weight":
-        if layer == "embed_tokens":
+        if layer in ("embed_tokens", "embed_positions"):
             return "embedding"
         if layer == "lm_head":
             return "head"

@@ -1,8 +1,9 @@
 """What an objective is: sums over the counted tokens of a batch, divided once by the caller.
 
 A model is called as `model(inputs, segments)` and returns its last hidden states (B, T, D); `model.head_weight` is the
-(V, D) tensor that turns them into logits. A batch has `inputs` and `targets` (B, T) int64 and `segments` (B, T) int32,
-or None.
+(V, D) tensor that turns them into logits. Where logits are made in another way (capped, scaled, with a bias),
+`head_weight` is None and the call returns the logits (B, T, V) themselves. A batch has `inputs` and `targets` (B, T)
+int64 and `segments` (B, T) int32, or None.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
         """The part of a model that an objective uses."""
 
         @property
-        def head_weight(self) -> torch.Tensor:
-            """(V, D): logits = hidden @ head_weight.T."""
+        def head_weight(self) -> torch.Tensor | None:
+            """(V, D): logits = hidden @ head_weight.T. None: the call returns logits."""
 
         def __call__(self, inputs: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
-            """Token ids (B, T), and which document each belongs to, to hidden states (B, T, D)."""
+            """Token ids (B, T), and which document each belongs to, to hidden states (B, T, D) or logits (B, T, V)."""
 
     class TensorBatch(Protocol):
         """Token ids in and out; targets of IGNORED are not counted."""

@@ -6,8 +6,10 @@ Formula: logits z_v = hidden . W_v; Z = sum_v exp(z_v); nats = ln Z - z_target;
 Source: z-loss: Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways", arXiv 2204.02311, section 5
     (coefficient 1e-4); gradients made chunk by chunk in the forward pass: Hsu et al. 2024, "Liger Kernel: Efficient
     Triton Kernels for LLM Training", arXiv 2410.10989, section 3.2; see also Wijmans et al. 2024, arXiv 2411.09009.
-Differs: the chunk is a fixed number of tokens, which on a CPU is chosen to stay in its cache.
-Limits: the head is one matrix without a bias; no second derivatives.
+Differs: the chunk is a fixed number of tokens, which on a CPU is chosen to stay in its cache. A model whose logits are
+    not hidden . W_v (see `objectives.base`) gives them itself: they exist at once, in the model's dtype, and only what
+    is computed from them is made chunk by chunk, in fp32, in the backward pass once more.
+Limits: no second derivatives.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _CPU_CHUNK, _DEVICE_CHUNK = 512, 4096
 
 
 class NextToken(Objective):
-    """The usual objective. The logits of a whole batch never exist at once."""
+    """The usual objective. The logits of a whole batch never exist at once, where the model allows it."""
 
     EXAMPLES: ClassVar[list[dict[str, Any]]] = [{}, {"z_loss": 1e-2}, {"z_loss": 1e-4, "chunk_tokens": 7}]
 
@@ -38,10 +40,13 @@ class NextToken(Objective):
     """Tokens whose logits exist at once; by default 512 on a CPU, where it was fastest, and 4096 elsewhere."""
 
     def loss(self, model: LanguageModel, batch: TensorBatch) -> LossSum:
-        """Sums over the batch; the gradients are ready when this returns, `backward` only scales them."""
-        hidden, targets = _flat(model, batch)
-        chunk = self._chunk(hidden)
-        total, nats = _function().apply(hidden, model.head_weight, targets, self.z_loss, chunk)
+        """Sums over the batch; with a plain head the gradients are ready when this returns."""
+        states, targets = _flat(model, batch)
+        chunk = self._chunk(states)
+        if model.head_weight is None:
+            total, nats = _of_logits().apply(states, targets, self.z_loss, chunk)
+        else:
+            total, nats = _of_hidden().apply(states, model.head_weight, targets, self.z_loss, chunk)
         return LossSum(total, nats, (targets != IGNORED).sum())
 
     def evaluate(self, model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,17 +54,22 @@ class NextToken(Objective):
         import torch
 
         with torch.no_grad():
-            hidden, targets = _flat(model, batch)
-            nats, _ = _sums(hidden, model.head_weight, targets, chunk=self._chunk(hidden))
+            states, targets = _flat(model, batch)
+            chunk = self._chunk(states)
+            if model.head_weight is None:
+                nats, _ = _sums_of_logits(states, targets, chunk=chunk)
+            else:
+                nats, _ = _sums(states, model.head_weight, targets, chunk=chunk)
             return nats, (targets != IGNORED).sum()
 
-    def _chunk(self, hidden: torch.Tensor) -> int:
-        return self.chunk_tokens or (_CPU_CHUNK if hidden.device.type == "cpu" else _DEVICE_CHUNK)
+    def _chunk(self, states: torch.Tensor) -> int:
+        return self.chunk_tokens or (_CPU_CHUNK if states.device.type == "cpu" else _DEVICE_CHUNK)
 
 
 def _flat(model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden = model(batch.inputs, batch.segments)
-    return hidden.flatten(0, -2), batch.targets.flatten()
+    """What the model returns, hidden states (N, D) or logits (N, V), and the targets (N,)."""
+    states = model(batch.inputs, batch.segments)
+    return states.flatten(0, -2), batch.targets.flatten()
 
 
 def _product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -106,16 +116,13 @@ def _sums(
             target = target.where(counted, 0)
             z = torch.mm(states, weight.T, out=product[: len(states)])
             z = z if logits is product else logits[: len(states)].copy_(z)
-            p = torch.softmax(z, dim=-1, out=shares[: len(states)])
-            # The largest share is at least 1 / V, so its logarithm is safe where that of the target's may not be.
-            log_z = z.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log()
+            p, log_z = _softmax(z, out=shares[: len(states)])
             nats += ((log_z - z.gather(1, target)) * counted).sum()
             if z_loss:
                 squares += (log_z.square() * counted).sum()
-                p *= 1 + 2 * z_loss * log_z
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad_z = p.scatter_(1, target, p.gather(1, target) - 1)  # not scatter_add_: its order is not fixed on GPUs
+            grad_z = _grad_logits(p, log_z, target, z_loss)
             grad_z = grad_z if dtype == exact else product[: len(states)].copy_(grad_z)
             # Ignored rows are struck out of the narrow factors (D wide), not of the logits (V wide).
             if grad_hidden is not None:
@@ -123,6 +130,48 @@ def _sums(
             if grad_weight is not None:
                 _add_product(grad_weight, grad_z.T, states * counted)
     return nats, squares
+
+
+def _sums_of_logits(
+    logits: torch.Tensor, targets: torch.Tensor, *, chunk: int, z_loss: float = 0.0, grad: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_sums` where the model gives the logits (N, V); fills `grad` (N, V), when given, with those of `total`."""
+    import torch
+
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    rows = max(1, min(chunk, len(targets)))
+    shares = torch.empty(rows, logits.shape[-1], dtype=exact, device=logits.device)
+    nats = torch.zeros((), dtype=exact, device=logits.device)
+    squares = torch.zeros_like(nats)
+    with torch.autocast(logits.device.type, enabled=False):
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            z, target = logits[part].to(exact), targets[part].unsqueeze(1)
+            counted = target != IGNORED
+            target = target.where(counted, 0)
+            p, log_z = _softmax(z, out=shares[: len(z)])
+            nats += ((log_z - z.gather(1, target)) * counted).sum()
+            if z_loss:
+                squares += (log_z.square() * counted).sum()
+            if grad is not None:
+                grad[part] = _grad_logits(p, log_z, target, z_loss).mul_(counted)
+    return nats, squares
+
+
+def _softmax(z: torch.Tensor, *, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(p, ln Z) of logits (N, V); p lies in `out`, ln Z is (N, 1)."""
+    import torch
+
+    p = torch.softmax(z, dim=-1, out=out)
+    # The largest share is at least 1 / V, so its logarithm is safe where that of the target's may not be.
+    return p, z.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log()
+
+
+def _grad_logits(p: torch.Tensor, log_z: torch.Tensor, target: torch.Tensor, z_loss: float) -> torch.Tensor:
+    """Turns p into the gradient of `total` with respect to the logits, in place."""
+    if z_loss:
+        p *= 1 + 2 * z_loss * log_z
+    return p.scatter_(1, target, p.gather(1, target) - 1)  # not scatter_add_: its order is not fixed on GPUs
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -134,8 +183,8 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 
 @functools.cache
-def _function() -> Any:
-    """The autograd function; made on first use, because recipes are validated without torch."""
+def _of_hidden() -> Any:
+    """The autograd function for a plain head; made on first use, because recipes are validated without torch."""
     import torch
     from torch.autograd.function import once_differentiable
 
@@ -170,3 +219,33 @@ def _function() -> Any:
             return (*grads, None, None, None)
 
     return HeadAndCrossEntropy
+
+
+@functools.cache
+def _of_logits() -> Any:
+    """The autograd function for logits that the model gives; made on first use, as above."""
+    import torch
+    from torch.autograd.function import once_differentiable
+
+    class CrossEntropy(torch.autograd.Function):
+        """(total, nats) of logits; keeps nothing but them, so that the softmax is made twice and stored never."""
+
+        @staticmethod
+        def forward(
+            ctx: Any, logits: torch.Tensor, targets: torch.Tensor, z_loss: float, chunk: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            ctx.save_for_backward(logits, targets)
+            ctx.z_loss, ctx.chunk = z_loss, chunk
+            nats, squares = _sums_of_logits(logits, targets, chunk=chunk, z_loss=z_loss)
+            ctx.mark_non_differentiable(nats)
+            return nats + z_loss * squares, nats
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad_total: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+            logits, targets = ctx.saved_tensors
+            grad = torch.empty_like(logits)
+            _sums_of_logits(logits, targets, chunk=ctx.chunk, z_loss=ctx.z_loss, grad=grad)
+            return grad.mul_(grad_total), None, None, None
+
+    return CrossEntropy

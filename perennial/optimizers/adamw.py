@@ -5,7 +5,7 @@ Formula: m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; W = W (1 - rate * decay
 Source: Loshchilov and Hutter 2017, "Decoupled Weight Decay Regularization", arXiv 1711.05101, algorithm 2;
     betas, epsilon and decay as in Ibrahim et al. 2024, arXiv 2403.08763, section 5.
 Differs: embedding, norms and biases are not decayed by default; a single number for `weight_decay` changes that of
-    matrices and head only.
+    matrices, stacks of them and head only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AdamW(Optimizer):
     epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
     """Added to the root of the square."""
     weight_decay: DecayByRole = WeightDecay()
-    """Decay by role; a single number is that of matrices and head."""
+    """Decay by role; a single number is that of matrices, stacks and head."""
     rate_multiplier: RateMultiplier = RateMultiplier()
     """Factor on the rate, by role."""
 

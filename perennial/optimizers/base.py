@@ -32,8 +32,11 @@ if TYPE_CHECKING:
             """Drops the gradients."""
 
 
-ROLES = ("matrix", "embedding", "head", "norm", "bias")
-"""What a parameter is for; a head tied to the embedding is one parameter, with the role 'embedding'."""
+ROLES = ("matrix", "stack", "embedding", "head", "norm", "bias")
+"""What a parameter is for; a head tied to the embedding is one parameter, with the role 'embedding'.
+
+A 'stack' is a tensor of more than two dimensions: many matrices in one, such as a layer's experts, or a convolution.
+"""
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -44,6 +47,8 @@ class WeightDecay(Settings):
 
     matrix: NotNegative = 0.1
     """Of the layers' matrices."""
+    stack: NotNegative = 0.1
+    """Of tensors that hold many matrices, such as experts."""
     embedding: NotNegative = 0.0
     """Of the token embedding; rows of rare tokens would shrink between their few gradients."""
     head: NotNegative = 0.1
@@ -59,6 +64,8 @@ class RateMultiplier(Settings):
 
     matrix: NotNegative = 1.0
     """Of the layers' matrices."""
+    stack: NotNegative = 1.0
+    """Of tensors that hold many matrices, such as experts."""
     embedding: NotNegative = 1.0
     """Of the token embedding."""
     head: NotNegative = 1.0
@@ -71,11 +78,11 @@ class RateMultiplier(Settings):
 
 def _decay_of_matrices(value: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return {"matrix": value, "head": value} if is_number else value
+    return {"matrix": value, "stack": value, "head": value} if is_number else value
 
 
 DecayByRole = Annotated[WeightDecay, BeforeValidator(_decay_of_matrices)]
-"""Weight decay by role; a single number is that of matrices and head, the usual meaning."""
+"""Weight decay by role; a single number is that of matrices, stacks of them and head, the usual meaning."""
 
 
 class Optimizer(Settings, ABC):

@@ -3,7 +3,7 @@
 Formula, for a matrix W of m x n: B = momentum B + (1 - momentum) g; u = (1 - momentum) g + momentum B (nesterov), or B;
     O = the nearest (semi-)orthogonal matrix to u, by Newton-Schulz steps in bf16;
     W = W (1 - rate * decay) - rate * 0.2 sqrt(max(m, n)) O, whose update has about the RMS of AdamW's, so that
-    rates and decays tuned for AdamW carry over. Embedding, head, norms and biases: see `adamw`.
+    rates and decays tuned for AdamW carry over. Embedding, head, norms, biases and stacks of matrices: see `adamw`.
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks",
     kellerjordan.github.io/posts/muon;
     Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2 (the RMS factor).
@@ -61,7 +61,7 @@ class Muon(Optimizer):
     epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
     """AdamW: added to the root of the square."""
     weight_decay: DecayByRole = WeightDecay()
-    """Decay by role; a single number is that of matrices and head. Muon needs it more than AdamW does."""
+    """Decay by role; a single number is that of matrices, stacks and head. Muon needs it more than AdamW does."""
     rate_multiplier: RateMultiplier = RateMultiplier()
     """Factor on the rate, by role."""
 

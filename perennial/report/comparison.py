@@ -133,9 +133,11 @@ class _Comparer:
     def _own_roles(self, run: Run) -> dict[str, str]:
         """Roles for a run with a parent: by what its ancestors consumed and what it consumes itself.
 
-        What no run was evaluated on plays no part; `_notes` says so.
+        What stands in for unknown data of a parent counts as consumed by it. What no run was evaluated on plays no
+        part; `_notes` says so.
         """
         old = self.names.consumed(run.ancestors)
+        old += [self.names.of(run, name) for name, facts in run.corpora.items() if facts.get("stands_in")]
         replayed = self.names.consumed(run.stages, "replay")
         fresh = self.names.consumed(run.stages, "fresh")
         planned = [s for stage in run.resolved.get("stages", []) for s in stage.get("sources", [])]

@@ -154,6 +154,8 @@ class Run:
     environment: dict[str, Any]
     processes: int
     precision: str
+    tasks: dict[int, dict[str, Any]]
+    """Results on tasks, as they were last measured: tokens of the checkpoint -> task -> result."""
     recipe: str
     resolved: dict[str, Any]
     hashes: dict[str, str]
@@ -213,6 +215,7 @@ def read_run(folder: Path) -> Run:
         environment=head.get("environment") or lineage.get("environment") or {},
         processes=int(head.get("processes", 1)),
         precision=str(head.get("precision") or resolved.get("precision") or ""),
+        tasks=_tasks(events.get("tasks", [])),
         recipe=(folder / RECIPE).read_text(encoding="utf-8") if (folder / RECIPE).is_file() else "",
         resolved=resolved,
         hashes=_hashes(folder, at or None),
@@ -305,6 +308,13 @@ def _moment(
     if moment == "before":
         return next((e.corpora for e in evaluations if e.moment == "before"), {})
     return evaluations[-1].corpora if evaluations else {}
+
+
+def _tasks(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for event in events:
+        found.setdefault(int(event["tokens"]), {}).update(event["tasks"])
+    return found
 
 
 def _columns(train: list[dict[str, Any]]) -> dict[str, np.ndarray]:

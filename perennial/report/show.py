@@ -1,7 +1,8 @@
-"""What a path holds, from its files alone: a prepared corpus, a checkpoint with its lineage tree, or a run."""
+"""What a path holds, from its files alone: a prepared corpus, a checkpoint with its lineage tree, a model, or a run."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,24 @@ from perennial.core import records
 from perennial.core.amounts import human, human_bytes, human_seconds
 from perennial.core.errors import UserError
 from perennial.core.files import read_json, verify_manifest
+from perennial.model.inspection import raw_config
+from perennial.report.model_folder import estimated_past, examine, past_lines, to_lines
 
 
 def show(path: Path, *, verify: bool = False) -> dict[str, Any]:
-    """The facts of a corpus, checkpoint or run folder; 'kind' says which. Raises UserError for anything else.
+    """The facts of a corpus, checkpoint, model or run folder; 'kind' says which. Raises UserError for anything else.
 
+    A 'checkpoint' has a lineage, a 'model' is any other Hugging Face folder.
     verify: every file is also checked against the checksum in the manifest.
     """
     if (path / "resolved.json").is_file():
         return _run(path, verify)
-    if (path / "config.json").is_file() or (path / lineages.STATE_FOLDER / lineages.LINEAGE_FILE).is_file():
+    if (path / lineages.STATE_FOLDER).is_dir() or lineages.has_lineage(path):
         return _checkpoint(path, verify)
+    if (path / "config.json").is_file():
+        if verify:
+            raise UserError(f"{path}: has no checksums to verify; only checkpoints that Perennial wrote have them")
+        return _foreign(path)
     if (path / "manifest.json").is_file():
         return _corpus(path, verify)
     if path.suffix == ".partial" or path.with_name(f"{path.name}.partial").exists():
@@ -49,11 +57,20 @@ def _checkpoint(path: Path, verify: bool) -> dict[str, Any]:
     if verify:
         verify_manifest(path, f"{lineages.STATE_FOLDER}/manifest.json", "checkpoint")
     facts: dict[str, Any] = {"kind": "checkpoint", "path": str(path), "verified": verify}
-    facts["config"] = _mapping(path / "config.json", "model configuration", ())
-    if (path / lineages.STATE_FOLDER / lineages.LINEAGE_FILE).is_file():
+    facts["config"] = raw_config(path)
+    facts["model"] = examine(path)
+    if lineages.has_lineage(path):
         lineage = lineages.read(path)
         facts["lineage"] = lineage.model_dump(mode="json")
         facts["totals"] = {"tokens": lineage.tokens, "flops": lineage.flops, "rate": lineage.rate, "peak": lineage.peak}
+    return facts
+
+
+def _foreign(path: Path) -> dict[str, Any]:
+    """A Hugging Face folder that Perennial did not write: no lineage, so its past is estimated."""
+    facts: dict[str, Any] = {"kind": "model", "path": str(path), "config": raw_config(path), "model": examine(path)}
+    if parameters := facts["model"]["parameters"]:
+        facts["past"] = estimated_past(parameters["total"])
     return facts
 
 
@@ -95,7 +112,8 @@ def _mapping(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def to_text(facts: dict[str, Any]) -> str:
     """The facts for a person."""
-    return "\n".join({"corpus": _corpus_text, "checkpoint": _checkpoint_text, "run": _run_text}[facts["kind"]](facts))
+    texts = {"corpus": _corpus_text, "checkpoint": _checkpoint_text, "model": _foreign_text, "run": _run_text}
+    return "\n".join(texts[facts["kind"]](facts))
 
 
 def _corpus_text(facts: dict[str, Any]) -> list[str]:
@@ -115,22 +133,37 @@ def _corpus_text(facts: dict[str, Any]) -> list[str]:
 
 
 def _checkpoint_text(facts: dict[str, Any]) -> list[str]:
-    config = facts["config"]
-    lines = [
-        f"checkpoint {facts['path']}",
-        f"  {config.get('architectures', ['?'])[0]}, vocabulary {config.get('vocab_size')}",
-    ]
+    lines = [f"checkpoint {facts['path']}", *_indented(to_lines(facts["model"]))]
     if "lineage" not in facts:
         return [*lines, "  no lineage: its data, learning rate and compute are unknown"]
-    totals = facts["totals"]
+    totals, origin = facts["totals"], facts["lineage"]["origin"]
+    is_estimate = origin is not None and (origin["tokens"]["is_estimate"] or origin["flops"]["is_estimate"])
     lines.append(
-        f"  id {facts['lineage']['checkpoint']}, {human(totals['tokens'], 'tokens')}, {totals['flops']:.3g} FLOPs, "
-        f"learning rate left at {totals['rate']:.3g}"
+        f"  id {facts['lineage']['checkpoint']}, {human(totals['tokens'], 'tokens')}, {totals['flops']:.3g} FLOPs"
+        f"{' (with estimates)' if is_estimate else ''}, learning rate left at {totals['rate']:.3g}"
     )
     for name, values in facts["lineage"]["evaluation"].get("after", {}).items():
         lines.append(f"  {name}: {values['nats_per_token']:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte")
+    if origin:
+        lines.append(f"  began as {origin['name']} (checkpoint {origin['weights']}), not trained by Perennial")
+        lines += _indented(past_lines(origin), 4)
+        if same := origin["parity"]:
+            size, where = f"{same['max_difference']:.3g}", f"over {same['tokens']} tokens in {same['dtype']}"
+            lines.append(f"    when imported, logits differed from transformers' by at most {size} {where}")
     lines += ["  lineage", *_tree(facts["lineage"]["stages"])]
+    lines += [f"  {', '.join(f'{k}: {v}' for k, v in change.items())}" for change in facts["lineage"]["changes"]]
     return lines + (["  every file matches its checksum"] if facts["verified"] else [])
+
+
+def _foreign_text(facts: dict[str, Any]) -> list[str]:
+    lines = [f"model {facts['model']['name']} ({facts['path']})", *_indented(to_lines(facts["model"]))]
+    lines.append("  no lineage: its data, learning rate and compute are unknown. `perennial continue` would assume:")
+    return lines + _indented(past_lines(facts["past"]), 4) if "past" in facts else lines[:-1]
+
+
+def _indented(lines: list[str], width: int = 2) -> list[str]:
+    """The lines, and those inside them, moved to the right."""
+    return [textwrap.indent(line, " " * width) for line in lines]
 
 
 def _tree(stages: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """Checkpoints: a Hugging Face folder with Perennial's state beside it, whole or absent.
 
     checkpoints/<tokens>/config.json, model.safetensors, tokenizer files, generation_config.json
+                         README.md and licence files, carried on from the parent
                          perennial/state.json, optimizer.safetensors, lineage.json, manifest.json (hashes, written last)
 
 Everything is written and synced under a temporary name, then renamed; a kill at any instant leaves the checkpoints that
@@ -9,7 +10,6 @@ were there and perhaps a temporary folder, which the next start removes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -24,9 +24,11 @@ from perennial.core import files
 from perennial.core.errors import UserError
 from perennial.core.lineage import LINEAGE_FILE, STATE_FOLDER, Lineage, checkpoints_of
 from perennial.data.tokenizers.folder import TokenizerFolder
+from perennial.model.card import Companions, write_companions
 from perennial.model.huggingface import load_model, save_model
-from perennial.model.transformer import Transformer
-from perennial.optimizers.base import export_state
+from perennial.model.inspection import weights_id
+from perennial.model.through_transformers import AnyModel
+from perennial.train.full_weights import load_full_weights, save_full_weights
 from perennial.train.state import Progress
 
 MANIFEST = f"{STATE_FOLDER}/{files.MANIFEST}"
@@ -36,14 +38,18 @@ _TEMPORARY = ".saving-"
 def save(
     checkpoints: Path,
     *,
-    model: Transformer,
-    optimizer: Any,
+    model: AnyModel,
+    moments: dict[str, torch.Tensor],
     progress: Progress,
     lineage: dict[str, Any],
     recipe_hash: str,
     tokenizer: TokenizerFolder,
+    companions: Companions,
 ) -> Path:
-    """Writes the checkpoint for this progress and returns its folder. Raises UserError when the disk is full."""
+    """Writes the checkpoint for this progress and returns its folder. Raises UserError when the disk is full.
+
+    `moments` are the optimizer's state, as `export_state` gives it.
+    """
     final = checkpoints / str(progress.tokens)
     if final.exists():  # a resumed run has come here again; what is there is the same
         files.verify_manifest(final, MANIFEST, "checkpoint")
@@ -51,7 +57,7 @@ def save(
     temporary = checkpoints / f"{_TEMPORARY}{progress.tokens}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, model, optimizer, progress, lineage, recipe_hash, tokenizer)
+        _write(temporary, model, moments, progress, lineage, recipe_hash, tokenizer, companions)
         files.publish(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -73,12 +79,13 @@ def _explained(error: BaseException, final: Path) -> BaseException:
 
 def _write(
     folder: Path,
-    model: Transformer,
-    optimizer: Any,
+    model: AnyModel,
+    moments: dict[str, torch.Tensor],
     progress: Progress,
     lineage: dict[str, Any],
     recipe_hash: str,
     tokenizer: TokenizerFolder,
+    companions: Companions,
 ) -> None:
     state = folder / STATE_FOLDER
     state.mkdir(parents=True)
@@ -86,16 +93,14 @@ def _write(
         model, folder, extra_config={"eos_token_id": tokenizer.separator_id, "bos_token_id": tokenizer.separator_id}
     )
     tokenizer.copy_to(folder)
-    save_file(export_state(optimizer), state / "optimizer.safetensors")
+    save_full_weights(model, model.stored_dtypes.values(), state)
+    save_file(moments, state / "optimizer.safetensors")
     (state / "optimizer.safetensors").chmod(0o644)
     files.write_json(state / "state.json", {"recipe_hash": recipe_hash, **progress.to_json()})
-    files.write_json(state / LINEAGE_FILE, Lineage(checkpoint=_identity(folder), **lineage).model_dump(mode="json"))
+    complete = Lineage(checkpoint=weights_id(folder), **lineage)
+    files.write_json(state / LINEAGE_FILE, complete.model_dump(mode="json"))
+    write_companions(companions, folder, complete)
     files.write_manifest(folder, {"format": 1}, MANIFEST)
-
-
-def _identity(folder: Path) -> str:
-    digests = [files.sha256(path) for path in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def remove_leftovers(checkpoints: Path) -> None:
@@ -123,10 +128,17 @@ def verify(checkpoint: Path, *, checksums: bool = True) -> None:
         )
 
 
-def load_weights(checkpoint: Path, device: torch.device) -> Transformer:
+def load_weights(checkpoint: Path, device: torch.device) -> AnyModel:
     """The model of a verified checkpoint, in fp32. Raises UserError for a missing or altered file."""
     verify(checkpoint)
-    return load_model(checkpoint, device=device)
+    return load_unverified(checkpoint, device)
+
+
+def load_unverified(checkpoint: Path, device: torch.device) -> AnyModel:
+    """The same of a checkpoint that was verified before."""
+    model = load_model(checkpoint, device=device)
+    load_full_weights(model, checkpoint)
+    return model
 
 
 def load_progress(checkpoint: Path, recipe_hash: str) -> Progress:

@@ -2,7 +2,7 @@
 
 The defaults follow Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train LLMs" (arXiv
 2403.08763): re-warm the learning rate, re-decay it, replay a share of what the parent consumed, at equal compute.
-Every choice is written into the recipe with its reason.
+Every choice is written into the recipe with its reason. For a parent without lineage see `origin`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from perennial.core.amounts import Amount, human, parse
 from perennial.core.errors import UserError, nearest
-from perennial.core.lineage import Lineage
-from perennial.core.settings import check, raise_problems
-from perennial.data.corpus import Corpus
-from perennial.train.recipe import REPLAY, Recipe, parse_recipe
+from perennial.core.lineage import Lineage, StageRecord
+from perennial.core.progress import Progress
+from perennial.core.settings import override
+from perennial.model import foreign
+from perennial.model.foreign import TransformersConfig
+from perennial.train import origin
+from perennial.train.given_data import check_given, is_prepared, prepared
+from perennial.train.origin import ESTIMATE, WARNING, Manner
+from perennial.train.recipe import REPLAY, ParentFacts, Recipe, parse_recipe, read
 from perennial.train.resolve import Parent, old_corpora, read_parent, relative_to
 
 STRONG_SHIFT = 1.25
@@ -52,11 +59,13 @@ class Derived:
 
     def header(self, command: str = "") -> str:
         """The reasons as YAML comments for the top of recipe.yaml."""
+        source = "lineage" if self.parent.lineage.stages else "folder, which has no lineage,"
+        reasons = [line for reason in self.reasons for line in textwrap.wrap(reason, 116, subsequent_indent="  ")]
         lines = [
-            "Derived from the parent's lineage by `perennial continue`.",
+            f"Derived from the parent's {source} by `perennial continue`.",
             *([command] if command else []),
             "",
-            *self.reasons,
+            *reasons,
         ]
         return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
 
@@ -75,59 +84,96 @@ def derive(
     schedule: str = "rewarm",
     optimizer_state: str = "keep",
     seed: int | None = None,
+    facts: ParentFacts | None = None,
+    settings: Sequence[str] = (),
+    micro_batch: int | None = None,
     shift: Callable[[], tuple[float, float] | None] | None = None,
 ) -> Derived:
     """The recipe that continues `checkpoint` on prepared corpora `data` for `budget` ('2B tokens', '3 h', ...).
 
     replay: '25%', '0%' or None (chosen by the measured shift); stand_ins: corpora to mix in as old data instead of the
-    lineage's; schedule: 'rewarm' (the default), 'constant' (stay at the final rate) or 'infinite'; shift: measures the
-    parent's bits per byte on (old, new). Raises UserError.
+    lineage's; schedule: 'rewarm' (the default), 'constant' (stay at the final rate) or 'infinite'; facts: what is known
+    of a parent that Perennial did not train; settings: 'key=value' texts that change the derived recipe; micro_batch:
+    what was chosen before by the memory that was free then; shift: measures the parent's bits per byte on (old, new).
+    Raises UserError.
     """
-    parent = read_parent(checkpoint)
-    _check_names(data, stand_ins or {})
+    facts, stand_ins = facts or ParentFacts(), stand_ins or {}
+    _check_names(data, stand_ins)
     if peak is not None and not 0 < peak < math.inf:
         raise UserError(f"--peak {peak:g}: must be a learning rate above 0")
     if seed is not None and seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
     amount = _budget(budget)
-    last = parent.lineage.stages[-1]
-    reasons: list[str] = [
-        f"parent: {parent.lineage.checkpoint}, {human(parent.lineage.tokens, 'tokens')}, "
-        f"{parent.lineage.flops:.3g} FLOPs, "
-        f"learning rate left at {parent.lineage.rate:.3g} (peak {parent.lineage.peak:.3g})"
-    ]
-    share = _replay_share(replay, parent, stand_ins or {}, shift, reasons)
-    mixture = _mixture(data, share, stand_ins or {})
-    recipe = {
+    parent = read_parent(checkpoint, facts)
+    lineage, last = parent.lineage, parent.lineage.stages[-1] if parent.lineage.stages else None
+    reasons = [_parent_line(lineage), *(origin.notes(lineage.origin) if lineage.origin else [])]
+    if isinstance(parent.config, TransformersConfig):
+        reasons += [f"model: {note}" for note in foreign.notes(parent.config)]
+    if last:
+        manner, how = _as_before(last, optimizer_state)
+    else:
+        assert lineage.origin is not None
+        tokens = origin.budget_tokens(amount, lineage.origin.parameters, f"--tokens {budget!r}")
+        manner, how = origin.first_manner(parent.config, tokens, origin.this_machine(), micro_batch=micro_batch)
+    share = _replay_share(replay, parent, stand_ins, shift, reasons)
+
+    def place(path: Path) -> str:
+        return relative_to(path.resolve(), base.resolve())
+
+    recipe: dict[str, Any] = {
         "name": name,
-        "seed": last.seed + 1 if seed is None else seed,
-        "parent": relative_to(checkpoint.resolve(), base.resolve()),
-        "corpora": {n: relative_to(p.resolve(), base.resolve()) for n, p in {**data, **(stand_ins or {})}.items()},
-        **({"moved": {n: relative_to(p.resolve(), base.resolve()) for n, p in moved.items()}} if moved else {}),
+        "seed": manner.seed if seed is None else seed,
+        "parent": place(checkpoint),
+        **({"parent_facts": facts.model_dump(mode="json", exclude_none=True)} if facts.model_fields_set else {}),
+        "corpora": {n: place(p) for n, p in {**data, **stand_ins}.items()},
+        **({"stand_ins": list(stand_ins)} if stand_ins else {}),
+        **({"moved": {n: place(p) for n, p in moved.items()}} if moved else {}),
         "stages": [
             {
                 "name": "update",
                 "budget": str(amount),
-                "mixture": mixture,
-                "schedule": _schedule(schedule, parent.lineage, amount, peak, reasons),
-                "optimizer": last.optimizer,
-                "optimizer_state": optimizer_state,
-                "objective": last.objective,
+                "mixture": _mixture(data, share, stand_ins),
+                "schedule": _schedule(schedule, lineage, amount, peak, reasons),
+                "optimizer": manner.optimizer,
+                "optimizer_state": manner.optimizer_state,
+                "objective": manner.objective,
             }
         ],
-        "batch": {
-            "sequences": last.batch_tokens // last.sequence_length,
-            "sequence_length": last.sequence_length,
-            "micro_batch": last.micro_batch,
-        },
-        "clip": last.clip,
-        "document_mask": last.document_mask,
+        "batch": manner.batch,
+        "clip": manner.clip,
+        "document_mask": manner.document_mask,
     }
-    reasons.append(
+    reasons += [*how, *(f"set by the user: {assignment}" for assignment in settings)]
+    final = parse_recipe(override(recipe, list(settings)), source="derived recipe")
+    foreign.check_rows(parent.config, final.batch.sequence_length, "batch.sequence_length", "; lower it")
+    return Derived(final, parent, reasons)
+
+
+def _parent_line(lineage: Lineage) -> str:
+    begun_as = lineage.origin
+    if begun_as and not lineage.stages:
+        size = f"{human(begun_as.parameters)} parameters, {begun_as.through}"
+        return f"parent: {begun_as.name}, {size}, weights {lineage.checkpoint}; Perennial did not train it"
+    return (
+        f"parent: {lineage.checkpoint}, {human(lineage.tokens, 'tokens')}, {lineage.flops:.3g} FLOPs, "
+        f"learning rate left at {lineage.rate:.3g} (peak {lineage.peak:.3g})"
+        + (f", with what came before Perennial, as {begun_as.name}:" if begun_as else "")
+    )
+
+
+def _as_before(last: StageRecord, optimizer_state: str) -> tuple[Manner, list[str]]:
+    """The manner of the parent's last stage, and why."""
+    reason = (
         f"batch, clip, document mask, objective and optimizer: as in the parent's last stage '{last.stage}'; "
         f"the optimizer's state: {optimizer_state}"
     )
-    return Derived(parse_recipe(recipe, source="derived recipe"), parent, reasons)
+    batch = {
+        "sequences": last.batch_tokens // last.sequence_length,
+        "sequence_length": last.sequence_length,
+        "micro_batch": last.micro_batch,
+    }
+    optimizer = (last.optimizer, optimizer_state, last.objective)
+    return Manner(last.seed + 1, batch, last.clip, last.document_mask, *optimizer), [reason]
 
 
 def _check_names(data: Mapping[str, Path], stand_ins: Mapping[str, Path]) -> None:
@@ -144,8 +190,9 @@ def _check_names(data: Mapping[str, Path], stand_ins: Mapping[str, Path]) -> Non
 
 
 def _budget(text: str) -> Amount:
+    bare = re.fullmatch(r"[\d_,.]+[KkMBGT]?", text)  # the option's name says what it counts
     try:
-        amount = parse(text, ("tokens", "flops", "seconds"))
+        amount = parse(f"{text} tokens" if bare else text, ("tokens", "flops", "seconds"))
     except ValueError as error:
         raise UserError(f"--tokens: {error}") from None
     if amount.value == 0:
@@ -160,6 +207,10 @@ def _replay_share(
     shift: Callable[[], tuple[float, float] | None] | None,
     reasons: list[str],
 ) -> float:
+    begun_as = parent.lineage.origin.name if parent.lineage.origin else None
+    if begun_as and not stand_ins and not any(c.get("stands_in") for c in parent.lineage.corpora.values()):
+        reasons.append(origin.forgetting_warning(begun_as))
+    is_known = bool(stand_ins) or any(s.sources for s in parent.lineage.stages)
     if replay is not None:
         try:
             share = parse(replay, ("share",)).value
@@ -167,12 +218,15 @@ def _replay_share(
             raise UserError(f"--replay: {error}") from None
         if share >= 1:
             raise UserError(f"--replay {replay}: must be below 100%, something new has to be learned")
+        if share > 0 and not is_known:
+            raise UserError(
+                f"--replay {replay}: what {parent.path} was trained on is not known, so there is nothing to replay. "
+                f"{origin.HOW_TO_REPLAY}"
+            )
         reasons.append(f"replay {share:.4g}: asked for")
         return share
-    if not stand_ins and not any(s.sources for s in parent.lineage.stages):
-        reasons.append(
-            "replay 0%: the parent's data are unknown; expect forgetting, or name a stand-in with --replay NAME=PATH"
-        )
+    if not is_known:
+        reasons.append("replay 0%: the parent's data are unknown, and no stand-in is named")
         return 0.0
     measured = shift() if shift else None
     if measured is None:
@@ -182,7 +236,8 @@ def _replay_share(
     strong = new / old > STRONG_SHIFT
     share = STRONG_REPLAY if strong else WEAK_REPLAY
     reasons.append(
-        f"replay {share:.0%}: the parent has {new:.3f} bits per byte on the new data and {old:.3f} on its own, a "
+        f"replay {share:.0%}: the parent has {new:.3f} bits per byte on the new data and {old:.3f} on "
+        f"{'the stand-in' if stand_ins and not parent.lineage.stages else 'its own'}, a "
         f"{'strong' if strong else 'weak'} shift (ratio {new / old:.2f}, strong above {STRONG_SHIFT})"
     )
     return share
@@ -206,9 +261,14 @@ def _schedule(name: str, lineage: Lineage, amount: Amount, peak: float | None, r
     if name == "rewarm":
         peak = _peak(lineage, amount, reasons) if peak is None else peak
         final = min(left_at, peak)
-        reasons.append(
-            f"re-warm from {left_at:.3g}, where the parent was left, to {peak:.3g}; then decay to {final:.3g}"
-        )
+        left = f"{left_at:.3g}, where the parent was left{origin.mark_of_rate(lineage)}"
+        if lineage.origin and final == peak:
+            final = origin.rounded(origin.FINAL_SHARE * peak)
+            reasons.append(
+                f"start at {left}; no re-warming: {origin.WHY_NOT_REWARM}; decay from {peak:.3g} to {final:.3g}"
+            )
+        else:
+            reasons.append(f"re-warm from {left}, to {peak:.3g}; then decay to {final:.3g}")
         return {"name": "rewarm", "start": "parent", "peak": peak, "final": final, "warmup": "1%"}
     if peak is not None:
         raise UserError(f"--peak {peak:g}: has no use with --schedule {name}, which stays at the parent's rate")
@@ -223,14 +283,22 @@ def _schedule(name: str, lineage: Lineage, amount: Amount, peak: float | None, r
 
 
 def _peak(lineage: Lineage, amount: Amount, reasons: list[str]) -> float:
-    """The rate to re-warm to, by the size of the update; of a budget in FLOPs by its share of the FLOPs spent."""
-    spent = {"tokens": lineage.tokens, "flops": lineage.flops, "seconds": sum(s.seconds for s in lineage.stages)}
+    """The rate to re-warm to, by the size of the update; of a budget in FLOPs by its share of the FLOPs spent.
+
+    The seconds of a model that began elsewhere are those that its FLOPs would have taken in the stages that are known.
+    """
+    seconds = sum(s.seconds for s in lineage.stages)
+    if amount.unit == "seconds" and lineage.origin:
+        seconds *= lineage.flops / sum(s.flops for s in lineage.stages)
+    spent = {"tokens": lineage.tokens, "flops": lineage.flops, "seconds": seconds}
     ratio = min(1.0, amount.value / spent[amount.unit])
+    least = lineage.rate if lineage.origin is None else max(lineage.rate, lineage.origin.rate.value)
     reasons.append(
         f"peak: the parent's {lineage.peak:.3g} x (update / parent)^{PEAK_EXPONENT}, "
         f"{human(amount.value)} / {human(spent[amount.unit], amount.unit)}, not below where it was left"
+        + (f" before Perennial ({least:.3g})" if lineage.origin else "")
     )
-    return max(lineage.rate, lineage.peak * ratio**PEAK_EXPONENT)
+    return max(least, lineage.peak * ratio**PEAK_EXPONENT)
 
 
 def continue_run(
@@ -259,27 +327,32 @@ def continue_run(
     checkpoint, base, name = newest_checkpoint(checkpoint), Path.cwd(), out.resolve().name
     given = {**data, **(stand_ins or {})}
     check_place(out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (dry_run or not all(_is_prepared(p) for p in given.values())):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (dry_run or not all(is_prepared(p) for p in given.values())):
         raise UserError("torchrun trains on prepared corpora: run `perennial prepare` (or --dry-run) without it first")
     # Preparing text may take hours, so all that can be wrong with what is asked for is found before.
     verify(checkpoint, checksums=False)
+    choices["micro_batch"] = _chosen_before(out)
     asked = derive(checkpoint, data, stand_ins=stand_ins, budget=budget, base=base, name=name, **choices)
-    _check_inputs(checkpoint, given)
+    check_given(checkpoint, given)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        _announce(asked.reasons, quiet=quiet or dry_run)
     old = {n: corpus.path for n, corpus in old_corpora(asked.recipe, base, asked.parent).items()}
-    old |= {n: path for n, path in given.items() if n in asked.parent.lineage.corpora and _is_prepared(path)}
-    with undone_on_error(out) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
-        prepared = {
-            n: _prepared(n, p, checkpoint, out, text_field, validation, list(old.values()), quiet)
-            for n, p in given.items()
-        }
+    old |= {n: path for n, path in given.items() if n in asked.parent.lineage.corpora and is_prepared(path)}
+    with undone_on_error(out) if is_main else contextlib.nullcontext():
+        how: dict[str, Any] = {"checkpoint": checkpoint, "out": out, "text_field": text_field}
+        how |= {"validation": validation, "quiet": quiet}
+        replayed = {n: prepared(n, p, against=list(old.values()), **how) for n, p in (stand_ins or {}).items()}
+        known = [*old.values(), *replayed.values()]
+        fresh = {n: prepared(n, p, against=known, **how) for n, p in data.items()}
         derived = derive(
             checkpoint,
-            {n: prepared[n] for n in data},
-            stand_ins={n: prepared[n] for n in stand_ins or {}},
+            fresh,
+            stand_ins=replayed,
             budget=budget,
             base=base,
             name=name,
-            shift=lambda: _shift(checkpoint, old, {n: prepared[n] for n in data}),
+            shift=lambda: _shift(checkpoint, old or replayed, fresh, asked.recipe.batch.sequence_length),
             **choices,
         )
         result: dict[str, Any] = {
@@ -293,77 +366,28 @@ def continue_run(
         return result
 
 
-def _check_inputs(checkpoint: Path, data: Mapping[str, Path]) -> None:
-    """Raises UserError for a damaged checkpoint, and for data that are neither text nor corpora of its tokenizer."""
-    from perennial.train.checkpoint import verify
-    from perennial.train.measuring import open_for
-
-    verify(checkpoint)
-    for name, path in data.items():
-        if (path / "resolved.json").is_file() or (path / "model.safetensors").is_file():
-            raise UserError(f"{name}={path}: this is a run or a checkpoint, not text or a prepared corpus")
-        if not path.exists() and not _is_being_prepared(path):
-            raise UserError(f"{name}={path}: no such file or folder")
-    open_for(checkpoint, {n: p for n, p in data.items() if _is_prepared(p) or _is_being_prepared(p)})
+def _chosen_before(out: Path) -> int | None:
+    """The micro-batch of the run that an earlier call made: the free memory that decided it is not the same now."""
+    return read(out / "recipe.yaml").batch.micro_batch if (out / "resolved.json").is_file() else None
 
 
-def _is_prepared(path: Path) -> bool:
-    return (path / "manifest.json").is_file()
+def _announce(reasons: list[str], *, quiet: bool) -> None:
+    """Says on standard error what must not be missed: warnings always, estimates unless `quiet`."""
+    shown = (WARNING,) if quiet else (WARNING, ESTIMATE)
+    with Progress("continue") as line:
+        for reason in reasons:
+            if reason.startswith(shown):
+                line.note(textwrap.fill(reason, 100, subsequent_indent="  "))
 
 
-def _is_being_prepared(path: Path) -> bool:
-    return path.suffix == ".partial" or path.with_name(f"{path.name}.partial").exists()
-
-
-def _prepared(
-    name: str,
-    path: Path,
-    checkpoint: Path,
-    out: Path,
-    text_field: str,
-    validation: str,
-    against: list[Path],
-    quiet: bool,
-) -> Path:
-    """`path` when it is a prepared corpus; else its text prepared into OUT/corpora/NAME with the parent's tokenizer."""
-    from perennial.core.progress import Progress
-    from perennial.data.prepare import PrepareSettings, prepare
-
-    if _is_prepared(path):
-        return path
-    asked = {
-        "name": name,
-        "inputs": [str(path)],
-        "tokenizer": str(checkpoint),
-        "text_field": text_field,
-        "validation": validation,
-        "against": [str(p) for p in against],
-        **_cut_like(against),
-    }
-    settings, problems = check(PrepareSettings, asked)
-    raise_problems(problems, f"preparing {name}={path}")
-    assert settings is not None
-    folder = out / "corpora" / name
-    with Progress(f"prepare {name}", unit="bytes", quiet=quiet) as line:
-        prepare(settings, folder, progress=line)
-    return folder
-
-
-def _cut_like(corpora: list[Path]) -> dict[str, Any]:
-    """The size at which the parent's documents were cut: duplicates are found part by part."""
-    for path in corpora:
-        settings = Corpus.open(path).manifest.get("settings", {})
-        if "max_document_bytes" in settings:
-            return {"max_document_bytes": settings["max_document_bytes"]}
-    return {}
-
-
-def _shift(checkpoint: Path, old: Mapping[str, Path], new: Mapping[str, Path]) -> tuple[float, float] | None:
+def _shift(
+    checkpoint: Path, old: Mapping[str, Path], new: Mapping[str, Path], length: int
+) -> tuple[float, float] | None:
     """The parent's bits per byte on its own and on the new corpora (means), or None when its own cannot be read."""
     from perennial.train.measuring import evaluate_checkpoint
 
     if not old:
         return None
-    corpora = evaluate_checkpoint(checkpoint, {**old, **new}, max_tokens=32768)["corpora"]
+    corpora = evaluate_checkpoint(checkpoint, {**old, **new}, max_tokens=32768, sequence_length=length)["corpora"]
     means = [sum(corpora[n]["bits_per_byte"] for n in names) / len(names) for names in (old, new)]
     return means[0], means[1]

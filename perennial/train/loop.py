@@ -66,6 +66,7 @@ def _run_stage(session: Session) -> None:
                     precision=resolved.precision,
                     micro_batch=resolved.batch.micro_batch,
                     world=session.world,
+                    new_rows=session.new_rows,
                     stop=session.stop_requested,
                 )
             except NonFinite as error:
@@ -89,8 +90,10 @@ def _advance(session: Session, update: Update, rate: float, data_seconds: float,
     progress.stage_tokens += tokens
     progress.tokens += tokens
     progress.updates += 1
-    progress.flops += tokens * resolved.flops_per_token
-    progress.stage_flops += tokens * resolved.flops_per_token
+    stage = resolved.stages[progress.stage]
+    flops = tokens * (stage.flops / stage.tokens)
+    progress.flops += flops
+    progress.stage_flops += flops
     progress.seconds["data"] += data_seconds
     progress.seconds["train"] += train_seconds
     progress.stage_seconds += train_seconds

@@ -15,19 +15,25 @@ from perennial.core.files import sha256
 from perennial.data.corpus import Corpus
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.evals.loss import evaluate, transfer
+from perennial.evals.parity import checked_parity
+from perennial.model.foreign import check_document_mask, check_rows, row_limit
 from perennial.model.huggingface import load_model
 from perennial.train.checkpoint import verify
+from perennial.train.origin import MAX_ROW_TOKENS
 from perennial.train.precision import autocast, native_precision
-from perennial.train.resolve import check_vocabulary
+from perennial.train.resolve import check_vocabulary, earlier_tokenizers
 from perennial.train.session import measure_with
 
 
 def open_for(checkpoint: Path, data: Mapping[str, Path]) -> dict[str, Corpus]:
-    """Prepared corpora that were cut by the checkpoint's tokenizer. Raises UserError for any other."""
+    """Prepared corpora that were cut by the checkpoint's tokenizer, or before it was extended. UserError for others."""
     tokenizer = TokenizerFolder.open(checkpoint)
+    allowed = {tokenizer.fingerprint}
+    if lineages.has_lineage(checkpoint):
+        allowed |= earlier_tokenizers(lineages.read(checkpoint))
     corpora = {name: Corpus.open(path) for name, path in data.items()}
     for name, corpus in corpora.items():
-        if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
+        if corpus.tokenizer_fingerprint not in allowed:
             raise UserError(
                 f"corpus '{name}' ({corpus.path}) was prepared with another tokenizer "
                 f"({corpus.tokenizer_fingerprint[:12]}) than the checkpoint's ({tokenizer.fingerprint[:12]}). "
@@ -58,7 +64,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Losses of a checkpoint: {'checkpoint', 'corpora': {name: measures}}, and 'against_parent' where that is known.
 
-    sequence_length and document_mask: None takes what the checkpoint was last trained with (else its context, False).
+    sequence_length and document_mask: None takes what the checkpoint was last trained with; for a model from elsewhere
+    its context, but no more than its continuation would take (1024, on a GPU 4096), and False.
     against: a checkpoint that is measured on the same text, such as the parent; without it forgetting and adaptation
     are stated for the corpora of which the lineage holds the parent's loss on exactly the same text.
     """
@@ -68,20 +75,22 @@ def evaluate_checkpoint(
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens {max_tokens}: at least 1 is needed; all of them without it")
     verify(checkpoint)
+    if not lineages.has_lineage(checkpoint):
+        checked_parity(checkpoint)
     corpora = open_for(checkpoint, data)
     for corpus in corpora.values():
         _check_validation_files(corpus)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model = load_model(checkpoint, device=device)
     check_vocabulary(model.config, TokenizerFolder.open(checkpoint).vocabulary_size, "the same folder", str(checkpoint))
-    lineage = (
-        lineages.read(checkpoint) if (checkpoint / lineages.STATE_FOLDER / lineages.LINEAGE_FILE).is_file() else None
-    )
+    lineage = lineages.read(checkpoint) if lineages.has_lineage(checkpoint) else None
+    last = lineage.stages[-1] if lineage and lineage.stages else None
     if document_mask is None:
-        document_mask = lineage is not None and lineage.stages[-1].document_mask
-    length = sequence_length or (lineage.stages[-1].sequence_length if lineage else model.config.context)
-    if length > model.config.context:
-        raise UserError(f"sequence_length {length} is longer than the model's context of {model.config.context} tokens")
+        document_mask = last is not None and last.document_mask
+    usual = last.sequence_length if last else min(row_limit(model.config), MAX_ROW_TOKENS[device.type])
+    length = sequence_length or usual
+    check_rows(model.config, length, "sequence_length")
+    check_document_mask(model.config, document_mask)
     with autocast(native_precision(device) if precision == "auto" else precision, device):
         measured = evaluate(
             model,
@@ -101,7 +110,7 @@ def evaluate_checkpoint(
         else:
             before = _known_before(lineage, corpora, measured)
         old, new = _old_and_new(lineage, corpora)
-        if len(lineage.runs()) > 1:
+        if len(lineage.runs()) > (0 if lineage.origin else 1):
             result["against_parent"] = transfer(before, measured, old, new)
     return result
 
@@ -118,8 +127,9 @@ def _known_before(
 
 
 def _old_and_new(lineage: lineages.Lineage, corpora: Mapping[str, Corpus]) -> tuple[list[str], list[str]]:
-    """The corpora that earlier runs consumed, and those that the last run was the first to consume."""
-    *earlier, last = [{s["fingerprint"] for stage in run for s in stage.sources} for run in lineage.runs()]
-    seen = set().union(*earlier)
+    """The corpora that earlier runs consumed or that stand in for that; those that the last run was the first to."""
+    runs = [{s["fingerprint"] for stage in run for s in stage.sources} for run in lineage.runs()]
+    stand_ins = {facts["fingerprint"] for facts in lineage.corpora.values() if facts.get("stands_in")}
+    seen, last = stand_ins.union(*runs[:-1]), set().union(*runs[-1:])
     old = [name for name, corpus in corpora.items() if corpus.fingerprint in seen]
     return old, [name for name, corpus in corpora.items() if corpus.fingerprint in last - seen]

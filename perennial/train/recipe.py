@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from perennial.core import plugins
 from perennial.core.amounts import Amount, Budget, Span, parse
@@ -116,6 +116,8 @@ class StageSettings(Settings):
     optimizer: Any = "adamw"
     optimizer_state: Literal["keep", "reset"] = "keep"
     """Whether the moments of the stage before, or of the parent, are carried on."""
+    train: Literal["all", "new_rows"] = "all"
+    """'new_rows': only the rows that the parent's last `perennial vocab extend` added; all else stays to the bit."""
     objective: Any = "next_token"
     surgery: list[Any] = []
     max_epochs: float = Field(default=4.0, gt=0)
@@ -147,6 +149,30 @@ class StageSettings(Settings):
         return mixture
 
 
+class ParentFacts(Settings):
+    """What the user knows of the past of a parent that Perennial did not train; the rest is estimated."""
+
+    tokens: Annotated[Amount, BeforeValidator(lambda value: parse(value, ("tokens",)))] | None = None
+    """Tokens that it was trained on."""
+    flops: Annotated[Amount, BeforeValidator(lambda value: parse(value, ("flops",)))] | None = None
+    """Compute that was spent on that."""
+    peak: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Its highest learning rate."""
+    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The learning rate at which its training stopped."""
+
+    @field_validator("tokens", "flops")
+    @classmethod
+    def _some(cls, amount: Amount | None) -> Amount | None:
+        return _above_zero(amount)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ParentFacts:
+        if self.peak is not None and self.rate is not None and self.rate > self.peak:
+            raise ValueError(f"rate {self.rate:g} is above peak {self.peak:g}: training cannot stop above its peak")
+        return self
+
+
 class Recipe(Settings):
     """A complete run as data."""
 
@@ -154,9 +180,13 @@ class Recipe(Settings):
     seed: int = Field(default=0, ge=0)
     parent: str | None = None
     """Checkpoint to start from (or a run folder: its newest); exactly one of `parent` and `model` is given."""
+    parent_facts: ParentFacts = ParentFacts()
+    """Of a parent that Perennial did not train: what its folder does not say, as far as it is known."""
     model: ModelSettings | None = None
     corpora: dict[str, str] = {}
     """Prepared corpora by name: folder. Paths are relative to the recipe's own folder."""
+    stand_ins: list[str] = []
+    """Those of the corpora that stand for what the parent was trained on: they count as old data, not as new."""
     moved: dict[str, str] = {}
     """Where the parent's corpora lie now, when not where the lineage says: name: folder."""
     stages: list[StageSettings] = Field(min_length=1)
@@ -180,6 +210,13 @@ class Recipe(Settings):
         problems = []
         if (self.parent is None) == (self.model is None):
             problems.append("give exactly one of 'parent' (continue a checkpoint) and 'model' (start anew)")
+        if self.parent is None and self.parent_facts.model_fields_set:
+            problems.append("parent_facts needs a 'parent'")
+        problems += [
+            f"stand_ins: no corpus '{name}' under 'corpora'.{nearest(name, self.corpora)}"
+            for name in self.stand_ins
+            if name not in self.corpora
+        ]
         if self.batch.micro_batch and self.batch.sequences % self.batch.micro_batch:
             problems.append(
                 f"batch.micro_batch {self.batch.micro_batch} does not divide batch.sequences {self.batch.sequences}"

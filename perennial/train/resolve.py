@@ -21,11 +21,23 @@ from perennial.data.corpus import Corpus
 from perennial.data.mixture import StageOrder
 from perennial.data.replay import SourceSpec, replay_sources
 from perennial.model.config import ModelConfig
-from perennial.model.cost import flops_per_token
+from perennial.model.cost import num_parameters as native_parameters
+from perennial.model.foreign import (
+    AnyConfig,
+    TransformersConfig,
+    check_document_mask,
+    check_rows,
+    flops_per_token,
+    notes,
+    num_parameters,
+    parse_config,
+)
+from perennial.train.origin import lineage_of
 from perennial.train.recipe import (
     REPLAY,
     STAND_INS,
     BatchSettings,
+    ParentFacts,
     Recipe,
     SpikeSettings,
     StageSettings,
@@ -51,6 +63,8 @@ class ResolvedStage(Settings):
     optimizer: dict[str, Any]
     optimizer_state: str
     objective: dict[str, Any]
+    new_rows: tuple[int, int] | None = None
+    """First and last + 1 of the ids whose rows are all that is trained; None: the whole model is."""
 
 
 class Resolved(Settings):
@@ -61,13 +75,15 @@ class Resolved(Settings):
     seed: int
     parent: dict[str, str] | None
     """{'path', 'checkpoint'} of the checkpoint to start from."""
+    origin: lineages.Origin | None = None
+    """What is known and estimated of an ancestor that Perennial did not train."""
     model: dict[str, Any]
     parameters: int
     flops_per_token: int
     tokens: int
     flops: float
     corpora: dict[str, dict[str, Any]]
-    """name -> {path, fingerprint, tokenizer, role: 'new' | 'old' | 'other'}; all are evaluated."""
+    """name -> {path, fingerprint, tokenizer, role: 'new' | 'old' | 'other', stands_in}; all are evaluated."""
     stages: list[ResolvedStage]
     batch: BatchSettings
     precision: str
@@ -81,6 +97,11 @@ class Resolved(Settings):
     spikes: SpikeSettings
     tensorboard: bool
 
+    @property
+    def through(self) -> str:
+        """What computes the model: 'native' code, or 'transformers'."""
+        return str(self.model.get("through", "native"))
+
 
 @dataclass(frozen=True)
 class Parent:
@@ -88,12 +109,12 @@ class Parent:
 
     path: Path
     lineage: lineages.Lineage
-    config: ModelConfig
+    config: AnyConfig
     tokenizer: str
 
 
 def resolve(
-    recipe: Recipe, *, base: Path, precision: str, measure: Callable[[ModelConfig, Recipe], float] | None = None
+    recipe: Recipe, *, base: Path, precision: str, measure: Callable[[AnyConfig, Recipe], float] | None = None
 ) -> Resolved:
     """Turns a recipe into plain numbers.
 
@@ -104,29 +125,27 @@ def resolve(
     corpora = _open_corpora(recipe, base, parent)
     config = parent.config if parent else _new_model(recipe, corpora)
     length = recipe.batch.sequence_length
-    if length > config.context:
-        how = "" if parent else ", or raise the context (model.options.context)"
-        raise UserError(
-            f"batch.sequence_length {length} is longer than the model's context of {config.context} tokens; "
-            f"lower it{how}"
-        )
+    advice = "; lower it" + ("" if parent else ", or raise the context (model.options.context)")
+    check_rows(config, length, "batch.sequence_length", advice)
+    check_document_mask(config, recipe.document_mask)
     per_token = flops_per_token(config, length)
     speed = measure(config, recipe) if measure and any(s.budget.unit == "seconds" for s in recipe.stages) else None
     stages: list[ResolvedStage] = []
     for stage in recipe.stages:
-        before = stages[-1].rate_end if stages else (parent.lineage.rate if parent else None)
-        peaks = [*([parent.lineage.peak] if parent else []), *(s.rate_peak for s in stages)]
-        stages.append(
-            _resolve_stage(recipe, stage, parent, corpora, per_token, speed, before, max(peaks, default=None))
-        )
+        whole = [s for s in stages if s.new_rows is None]
+        before = whole[-1].rate_end if whole else (parent.lineage.rate if parent else None)
+        peaks = [*([parent.lineage.peak] if parent else []), *(s.rate_peak for s in whole)]
+        spent = per_token - (_flops_saved(config) if stage.train == "new_rows" else 0)
+        stages.append(_resolve_stage(recipe, stage, parent, corpora, spent, speed, before, max(peaks, default=None)))
     _check_repetition(recipe, stages, corpora)
     total = sum(s.tokens for s in stages)
     data: dict[str, Any] = {
         "name": recipe.name,
         "seed": recipe.seed,
         "parent": {"path": str(parent.path), "checkpoint": parent.lineage.checkpoint} if parent else None,
+        "origin": parent.lineage.origin.model_dump(mode="json") if parent and parent.lineage.origin else None,
         "model": config.model_dump(mode="json"),
-        "parameters": _parameters(config),
+        "parameters": num_parameters(config),
         "flops_per_token": per_token,
         "tokens": total,
         "flops": sum(s.flops for s in stages),
@@ -150,13 +169,22 @@ def resolve(
 
 def recipe_hash(resolved: Resolved) -> str:
     """What names a resolved recipe: the hash of everything in it but where things lie."""
-    return stable_hash(_without_paths(resolved.model_dump(mode="json", exclude={"recipe_hash"})))
+    left_out: dict[str, Any] = {"recipe_hash": True, "origin": True}  # as before there were origins
+    if resolved.origin:
+        left_out["origin"] = {"parity"}  # a measurement, which no two machines need have alike
+    data = resolved.model_dump(mode="json", exclude=left_out)
+    for stage in data["stages"]:
+        if stage["new_rows"] is None:  # as before stages could be limited to them
+            del stage["new_rows"]
+    return stable_hash(_without_paths(data))
 
 
 @dataclass(frozen=True)
 class _Opened:
     corpus: Corpus
     role: str
+    stands_in: bool = False
+    """For data of the parent that are not known."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -165,31 +193,39 @@ class _Opened:
             "fingerprint": self.corpus.fingerprint,
             "tokenizer": self.corpus.tokenizer_fingerprint,
             "role": self.role,
+            **({"stands_in": True} if self.stands_in else {}),
         }
 
 
 def _parent(recipe: Recipe, base: Path) -> Parent | None:
     if recipe.parent is None:
         return None
-    return read_parent((base / recipe.parent).resolve())
+    return read_parent((base / recipe.parent).resolve(), recipe.parent_facts)
 
 
-def read_parent(path: Path) -> Parent:
-    """A parent's lineage, configuration and tokenizer, from its checkpoint folder. Raises UserError."""
+def read_parent(path: Path, facts: ParentFacts | None = None) -> Parent:
+    """A parent's lineage, configuration and tokenizer, from its folder: a checkpoint, or any model's. Raises UserError.
+
+    `facts`: what the user knows of the past of a model that Perennial did not train.
+    """
     from perennial.data.tokenizers.folder import TokenizerFolder
-    from perennial.model.huggingface import load_config
+    from perennial.model.folder_config import load_config
 
     path = lineages.newest_checkpoint(path)
-    if not lineages.read(path).stages:
+    known = lineages.read(path) if lineages.has_lineage(path) else None
+    if known is not None and not known.stages and known.origin is None:
         raise UserError(f"{path}: nothing was trained yet in this checkpoint; take a later one")
-    parent = Parent(path, lineages.read(path), load_config(path), TokenizerFolder.open(path).fingerprint)
-    check_vocabulary(parent.config, TokenizerFolder.open(path).vocabulary_size, "the same folder", str(path))
-    return parent
+    config, tokenizer = load_config(path), TokenizerFolder.open(path)
+    check_vocabulary(config, tokenizer.vocabulary_size, "the same folder", str(path))
+    return Parent(path, lineage_of(path, config, known, facts or ParentFacts()), config, tokenizer.fingerprint)
 
 
 def _open_corpora(recipe: Recipe, base: Path, parent: Parent | None) -> dict[str, _Opened]:
     """The run's corpora, the parent's (as far as they can be found) and those only evaluated."""
-    opened = {n: _Opened(Corpus.open((base / p).resolve()), "new") for n, p in recipe.corpora.items()}
+    opened = {}
+    for name, text in recipe.corpora.items():
+        stands_in = name in recipe.stand_ins
+        opened[name] = _Opened(Corpus.open((base / text).resolve()), "old" if stands_in else "new", stands_in)
     known = parent.lineage.corpora if parent else {}
     for name in opened.keys() & known.keys():
         _same_corpus(name, opened[name].corpus, known[name]["fingerprint"])
@@ -249,12 +285,19 @@ def _one_tokenizer(opened: dict[str, _Opened], parent: Parent | None) -> None:
     hint = (
         f" Prepare it again with `--tokenizer {parent.path}`." if parent else " Prepare all corpora with one tokenizer."
     )
+    allowed = {wanted, *(earlier_tokenizers(parent.lineage) if parent else ())}
     for name, one in opened.items():
-        if one.corpus.tokenizer_fingerprint != wanted:
+        if one.corpus.tokenizer_fingerprint not in (allowed if one.role == "old" else {wanted}):
             raise UserError(
                 f"corpus '{name}' ({one.corpus.path}) was prepared with another tokenizer "
                 f"({one.corpus.tokenizer_fingerprint[:12]}) than {owner} ({str(wanted)[:12]}).{hint}"
             )
+
+
+def earlier_tokenizers(lineage: lineages.Lineage) -> set[str]:
+    """Fingerprints of the tokenizers before the vocabulary was extended: what they cut still means the same."""
+    was_extended = any(change.get("operation") == "vocab extend" for change in lineage.changes)
+    return {facts["tokenizer"] for facts in lineage.corpora.values()} if was_extended else set()
 
 
 def _new_model(recipe: Recipe, corpora: dict[str, _Opened]) -> ModelConfig:
@@ -274,19 +317,13 @@ def _new_model(recipe: Recipe, corpora: dict[str, _Opened]) -> ModelConfig:
     return config
 
 
-def check_vocabulary(config: ModelConfig, vocabulary_size: int, tokens: str, model: str) -> None:
+def check_vocabulary(config: AnyConfig, vocabulary_size: int, tokens: str, model: str) -> None:
     """Raises UserError when the model has no row for some of the ids that its tokenizer gives."""
     if vocabulary_size > config.vocabulary_size:
         raise UserError(
             f"{model}: a vocabulary_size of {config.vocabulary_size} does not match the tokenizer of {tokens}, which "
             f"has {vocabulary_size} ids; the model needs a row for each"
         )
-
-
-def _parameters(config: ModelConfig) -> int:
-    from perennial.model.cost import num_parameters
-
-    return num_parameters(config).total
 
 
 def _resolve_stage(
@@ -323,7 +360,24 @@ def _resolve_stage(
         optimizer=plugins.dump(optimizer),
         optimizer_state=stage.optimizer_state,
         objective=plugins.dump(objective),
+        new_rows=_new_rows(stage, parent) if stage.train == "new_rows" else None,
     )
+
+
+def _new_rows(stage: StageSettings, parent: Parent | None) -> tuple[int, int]:
+    """The ids that the parent's vocabulary was last extended by. Raises UserError when it never was."""
+    changes = parent.lineage.changes if parent else []
+    ids = [change["ids"] for change in changes if change.get("operation") == "vocab extend"]
+    if not ids:
+        needed = "needs a parent made by `perennial vocab extend`" + (f"; {parent.path} was not" if parent else "")
+        raise UserError(f"stage '{stage.name}': train 'new_rows' {needed}")
+    first, stop = ids[-1]
+    return first, stop
+
+
+def _flops_saved(config: AnyConfig) -> int:
+    """Per token, when only rows of the tables are trained: the matrices need no gradient of their own."""
+    return 2 * native_parameters(config).matrix if isinstance(config, ModelConfig) else 0
 
 
 def _sampled(updates: int) -> list[int]:
@@ -363,6 +417,11 @@ def _sources(
     for name, share in sorted(shares(stage.mixture).items()):  # how the file orders them changes nothing
         if name == REPLAY and name not in recipe.corpora:
             assert parent is not None
+            if not parent.lineage.stages:
+                raise UserError(
+                    f"stage '{stage.name}': replay: the data that {parent.path} was trained on are not known; name a "
+                    "corpus that stands in for them under 'corpora' and in the mixture"
+                )
             stages = [s.model_dump(mode="json") for s in parent.lineage.stages]
             where = {
                 n: str(o.corpus.path) for n, o in corpora.items() if o.role == "old" or n in parent.lineage.corpora
@@ -449,16 +508,33 @@ def describe(resolved: Resolved) -> str:
         f"{resolved.name}: {human(resolved.parameters)} parameters, {human(resolved.tokens, 'tokens')}, "
         f"{resolved.flops:.3g} FLOPs, recipe {resolved.recipe_hash[:12]}"
     ]
-    for stage in resolved.stages:
+    config = parse_config(resolved.model)
+    if isinstance(config, TransformersConfig):
+        lines += [f"  {note}" for note in notes(config)]
+    if resolved.origin:
+        lines.append(f"  began as {resolved.origin.name} ({resolved.origin.model_type}, {resolved.origin.through})")
+    for index, stage in enumerate(resolved.stages):
         mix = ", ".join(f"{s['name']} {s['weight']:.1%}" for s in stage.sources)
-        was = "" if stage.rate_before is None else f" (the model was left at {stage.rate_before:.3g})"
+        guessed = "by estimate " if rate_is_estimate(resolved, index) else ""
+        was = "" if stage.rate_before is None else f" (the model was {guessed}left at {stage.rate_before:.3g})"
         lines.append(f"  stage {stage.name}: {human(stage.tokens, 'tokens')} in {stage.updates} updates of {mix}")
         lines.append(
             f"    {stage.schedule['name']} learning rate: starts at {stage.rate_start:.3g}{was}, "
             f"peak {stage.rate_peak:.3g}, ends at {stage.rate_end:.3g}; {stage.optimizer['name']}, "
             f"state {stage.optimizer_state}"
         )
+        if stage.new_rows:
+            first, stop = stage.new_rows
+            lines.append(f"    trains only the rows of the {stop - first} ids from {first} on")
     return "\n".join(lines)
+
+
+def rate_is_estimate(resolved: Resolved, stage: int) -> bool:
+    """Whether the rate before this stage is only estimated: the parent is from elsewhere and nobody stated it."""
+    origin, parent = resolved.origin, resolved.parent
+    if stage > 0 or origin is None or parent is None:
+        return False
+    return origin.rate.is_estimate and parent["checkpoint"] == origin.weights
 
 
 def relative_to(path: Path, base: Path) -> str:

@@ -19,8 +19,9 @@ from perennial.core.errors import UserError
 from perennial.core.lineage import newest_checkpoint
 from perennial.core.progress import Progress as ProgressLine
 from perennial.core.settings import check, raise_problems, stable_hash
-from perennial.model.config import ModelConfig
-from perennial.model.roles import role_of
+from perennial.evals.parity import checked_parity, in_words
+from perennial.model.foreign import AnyConfig, TransformersConfig
+from perennial.model.through_transformers import AnyModel, from_config
 from perennial.model.transformer import Transformer, initialise
 from perennial.train import loop
 from perennial.train.parallel import World, join_world, leave_world, wait_for_all
@@ -59,7 +60,7 @@ def make_run(recipe: Recipe, folder: Path, *, base: Path, header: str = "") -> R
             )
         return read_resolved(folder)
     check_place(folder)
-    resolved = plan(recipe, base=base)
+    resolved = _imported(plan(recipe, base=base))
     text = header + yaml.safe_dump(
         rebased.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
     )
@@ -67,6 +68,16 @@ def make_run(recipe: Recipe, folder: Path, *, base: Path, header: str = "") -> R
     files.write_text(folder / RECIPE, text)
     files.write_json(folder / RESOLVED, resolved.model_dump(mode="json"))  # last: it makes the folder a run
     return resolved
+
+
+def _imported(resolved: Resolved) -> Resolved:
+    """The resolved recipe with the comparison of a foreign parent's logits in its origin. Raises UserError."""
+    if resolved.origin is None or resolved.origin.parity is not None or resolved.parent is None:
+        return resolved
+    with ProgressLine("check import", unit="steps") as line:
+        found = checked_parity(Path(resolved.parent["path"]))
+        line.note(f"import: {in_words(found)}")
+    return resolved.model_copy(update={"origin": resolved.origin.model_copy(update={"parity": found})})
 
 
 def check_place(folder: Path) -> None:
@@ -231,7 +242,7 @@ def _differences(one: Recipe, other: Recipe) -> list[str]:
     return [key for key in a if a[key] != b[key]]
 
 
-def tokens_per_second(config: ModelConfig, recipe: Recipe, *, seconds: float = 2.0) -> float:
+def tokens_per_second(config: AnyConfig, recipe: Recipe, *, seconds: float = 2.0) -> float:
     """Measured training speed of this model and batch on this machine, in tokens per second.
 
     Times whole updates on random tokens; 5% are taken off for evaluation and saving. Under torchrun one process times
@@ -244,9 +255,9 @@ def tokens_per_second(config: ModelConfig, recipe: Recipe, *, seconds: float = 2
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     precision = native_precision(device) if recipe.precision == "auto" else recipe.precision
     check_memory(config, device)
-    model = Transformer(config).to(device)
-    initialise(model, 0)
-    optimizer = plugins.build("optimizers", recipe.stages[0].optimizer)[0].build(model.named_parameters(), role_of)
+    model = _with_random_weights(config, device)
+    parameters = model.named_parameters()
+    optimizer = plugins.build("optimizers", recipe.stages[0].optimizer)[0].build(parameters, model.role_of)
     objective = plugins.build("objectives", recipe.stages[0].objective)[0]
     share = math.ceil(recipe.batch.sequences / int(os.environ.get("WORLD_SIZE", "1")))
     rows = min(recipe.batch.micro_batch or share, share)
@@ -266,3 +277,9 @@ def tokens_per_second(config: ModelConfig, recipe: Recipe, *, seconds: float = 2
         times.append(time.perf_counter() - begun)
     middle = sorted(times[1:])[len(times[1:]) // 2]
     return 0.95 * recipe.batch.tokens / middle
+
+
+def _with_random_weights(config: AnyConfig, device: torch.device) -> AnyModel:
+    if isinstance(config, TransformersConfig):
+        return from_config(config, device=device)
+    return initialise(Transformer(config, device=device), 0)

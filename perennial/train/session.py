@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from perennial.core import lineage as lineages
 from perennial.core import plugins
 from perennial.core.amounts import human, human_bytes, human_seconds
 from perennial.core.clock import Clock
-from perennial.core.environment import environment
+from perennial.core.environment import environment, package_version
 from perennial.core.environment import memory_bytes as machine_memory_bytes
 from perennial.core.errors import UserError
 from perennial.core.progress import Progress as ProgressLine
@@ -29,17 +30,20 @@ from perennial.data.loader import Loader
 from perennial.data.mixture import StageOrder
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.evals.loss import evaluate
+from perennial.model.card import Companions, read_companions
 from perennial.model.config import ModelConfig
-from perennial.model.cost import num_parameters, state_bytes
-from perennial.model.huggingface import load_model
-from perennial.model.roles import role_of
+from perennial.model.foreign import AnyConfig, num_parameters, parse_config, state_bytes
+from perennial.model.inspection import weights_id
+from perennial.model.through_transformers import AnyModel
 from perennial.model.transformer import Transformer, initialise
 from perennial.objectives.next_token import NextToken
 from perennial.optimizers.base import export_state, import_state
 from perennial.train import checkpoint
+from perennial.train.new_rows import NewRows
 from perennial.train.parallel import World, sum_values, wait_for_all
 from perennial.train.precision import autocast, matmul_rate
-from perennial.train.resolve import Resolved, ResolvedStage, stage_order
+from perennial.train.resolve import Resolved, ResolvedStage, rate_is_estimate, stage_order
+from perennial.train.saving import Saving, copied, pays, state_size
 from perennial.train.state import Progress, TrainState
 from perennial.train.step import TorchBatch, Update
 
@@ -59,7 +63,7 @@ class RunningStage:
         """Turns the stage that just ended into a lineage record and moves on to the next."""
         session, progress = self.session, self.session.state.progress
         progress.finished.append(session.stage_record(self.stage, self.order, complete=True))
-        session.carried = export_state(session.state.optimizer)
+        session.carried = session.moments(session.state.optimizer)
         progress.stage += 1
         progress.row = progress.stage_tokens = 0
         progress.stage_seconds = progress.stage_flops = 0.0
@@ -75,8 +79,13 @@ class Session:
         self.checkpoints = folder / "checkpoints"
         self.stopped = False
         self.stop_requested = False
+        self.new_rows: NewRows | None = None
+        self._saving: Saving | None = None
+        self._consumed_by_saved: list[tuple[str, dict[str, Any]]] = []
         self.clock = Clock()
         self.environment = environment()
+        if resolved.through == "transformers":
+            self.environment["transformers"] = package_version("transformers")
         self.corpora = _open_corpora(resolved)
         self.by_fingerprint = {c.fingerprint: c for c in self.corpora.values()}
         saved = lineages.checkpoints_of(folder)
@@ -84,11 +93,13 @@ class Session:
         self.ancestry = saved[-1] if saved else Path(resolved.parent["path"]) if resolved.parent else None
         self.parent = self._ancestors() if resolved.parent else None
         self.tokenizer = self._open_tokenizer()
+        # Read now: the parent's folder may be gone when the next checkpoint is written.
+        self.companions = read_companions(self.ancestry) if self.ancestry else Companions()
         self.console = ProgressLine("train", total=resolved.tokens, unit="tokens", quiet=quiet or not world.is_main)
         if world.is_main:
             checkpoint.remove_leftovers(self.checkpoints)
         wait_for_all(world)
-        check_memory(ModelConfig(**resolved.model), world.device)
+        check_memory(parse_config(resolved.model), world.device)
         self.records = Recorder(folder / "events.jsonl" if world.is_main else None)
         self._board: Any = None
         try:
@@ -108,7 +119,7 @@ class Session:
         self.carried: dict[str, torch.Tensor] = {}
         if self.resolved.parent:
             path = Path(self.resolved.parent["path"])
-            model = checkpoint.load_weights(path, self.world.device)
+            model: AnyModel = checkpoint.load_weights(path, self.world.device)
             moments = path / lineages.STATE_FOLDER / "optimizer.safetensors"
             self.carried = load_file(moments) if moments.is_file() else {}
         else:
@@ -119,14 +130,14 @@ class Session:
 
     def _restore(self, path: Path) -> TrainState:
         """The state that the newest checkpoint of this run holds."""
-        model = load_model(path, device=self.world.device)  # it was verified when the session began
+        model = checkpoint.load_unverified(path, self.world.device)  # it was verified when the session began
         progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
         self.carried = load_file(path / lineages.STATE_FOLDER / "optimizer.safetensors")
         self.records.write("resume", tokens=progress.tokens)
         self.console.note(f"resuming {self.folder} at {human(progress.tokens, 'tokens')} from {path}")
         return TrainState(self._ready(model), None, progress)
 
-    def _ready(self, model: Transformer) -> Transformer:
+    def _ready(self, model: AnyModel) -> AnyModel:
         model.train()
         if self.resolved.compile:
             model.compile()
@@ -136,11 +147,17 @@ class Session:
         """The parent's lineage: from the run's own newest checkpoint, else from the parent itself."""
         assert self.ancestry is not None
         assert self.resolved.parent is not None
-        found = lineages.read(self.ancestry)
+        planned = self.resolved.parent["checkpoint"]
         if str(self.ancestry) == self.resolved.parent["path"]:
-            if found.checkpoint != self.resolved.parent["checkpoint"]:
+            if lineages.has_lineage(self.ancestry):
+                found = lineages.read(self.ancestry)
+            else:  # only one process reads all the weights to tell whether they are the same
+                identity = weights_id(self.ancestry) if self.world.is_main else planned
+                found = lineages.Lineage(checkpoint=identity, stages=[])
+            if found.checkpoint != planned:
                 raise UserError(f"{self.ancestry}: is no longer the checkpoint that this run was planned from")
-            return found
+            return found.model_copy(update={"origin": self.resolved.origin})
+        found = lineages.read(self.ancestry)
         mine = self.resolved.recipe_hash
         return found.model_copy(update={"stages": [s for s in found.stages if s.recipe_hash != mine]})
 
@@ -156,6 +173,7 @@ class Session:
             recipe_hash=self.resolved.recipe_hash,
             parameters=self.resolved.parameters,
             flops_per_token=self.resolved.flops_per_token,
+            through=self.resolved.through,
             parent=self.resolved.parent,
             processes=self.world.size,
             precision=self.resolved.precision,
@@ -164,6 +182,7 @@ class Session:
 
     def reload(self) -> None:
         """Returns to the last checkpoint, in memory as on disk."""
+        self.finish_saving()
         path = lineages.checkpoints_of(self.folder)[-1]
         restored = checkpoint.load_weights(path, self.world.device)
         self.state.model.load_state_dict(restored.state_dict())
@@ -208,14 +227,27 @@ class Session:
         return stage_order(stage.sources, self.by_fingerprint, self.resolved.seed, length, stage.name, drawn)
 
     def _optimizer(self, stage: ResolvedStage) -> Any:
-        optimizer = _component("optimizers", stage.optimizer).build(self.state.model.named_parameters(), role_of)
+        model = self.state.model
+        if self.new_rows is not None:
+            model.requires_grad_(True)
+        self.new_rows = NewRows(model, *stage.new_rows) if stage.new_rows else None
+        trained = self.new_rows or model
+        optimizer = _component("optimizers", stage.optimizer).build(trained.named_parameters(), model.role_of)
+        if stage.optimizer_state == "reset" and self.state.progress.stage_tokens == 0:
+            self.carried = {}
+        carried = self.new_rows.narrowed(self.carried) if self.new_rows else self.carried
         if self.state.progress.stage_tokens > 0:
-            import_state(optimizer, self.carried, strict=True)
-        elif stage.optimizer_state == "keep" and self.carried:
-            kept, fresh = import_state(optimizer, self.carried, strict=False)
+            import_state(optimizer, carried, strict=True)
+        elif carried:
+            kept, fresh = import_state(optimizer, carried, strict=False)
             if fresh:
                 self.console.note(f"optimizer state: {len(kept)} parameters carried on, {len(fresh)} start anew")
         return optimizer
+
+    def moments(self, optimizer: Any) -> dict[str, torch.Tensor]:
+        """The optimizer's state by parameter, with that of parameters which the stage leaves as they are."""
+        state = export_state(optimizer)
+        return self.new_rows.widened(self.carried, state) if self.new_rows else state
 
     def _record_stage(self, stage: ResolvedStage) -> None:
         progress = self.state.progress
@@ -231,9 +263,11 @@ class Session:
             optimizer=stage.optimizer,
             optimizer_state=stage.optimizer_state,
             objective=stage.objective,
+            new_rows=stage.new_rows,
             sources=[{k: s[k] for k in ("name", "weight", "role", "corpus")} for s in stage.sources],
         )
-        was = "" if stage.rate_before is None else f" (it was left at {stage.rate_before:.3g})"
+        guessed = "by estimate " if rate_is_estimate(self.resolved, progress.stage) else ""
+        was = "" if stage.rate_before is None else f" (it was {guessed}left at {stage.rate_before:.3g})"
         self.console.note(f"stage {stage.name}: learning rate starts at {stage.rate_start:.3g}{was}")
 
     def stage_record(self, stage: ResolvedStage, order: StageOrder, *, complete: bool) -> dict[str, Any]:
@@ -270,6 +304,7 @@ class Session:
             rate_end=progress.rate,
             optimizer=stage.optimizer,
             objective=stage.objective,
+            new_rows=stage.new_rows,
             sources=sources,
             skipped_rows=[(a, b) for a, b in progress.skipped_rows],
         ).model_dump(mode="json")
@@ -291,7 +326,8 @@ class Session:
             )
         tokens = self.resolved.batch.tokens
         speed = tokens / (data_seconds + train_seconds)
-        mfu = tokens * self.resolved.flops_per_token / train_seconds / (self._peak_flops * self.world.size)
+        stage = self.resolved.stages[progress.stage]
+        mfu = tokens * stage.flops / stage.tokens / train_seconds / (self._peak_flops * self.world.size)
         self.records.write(
             "train",
             tokens=progress.tokens,
@@ -322,8 +358,9 @@ class Session:
         complete = progress.stage == len(resolved.stages)
         if stage_done or self._due(resolved.evaluation_every_tokens):
             self.evaluate("after" if complete else "during")
+        self.finish_saving(wait=False)
         if stage_done or update.stop or self._due(resolved.checkpoint_every_tokens):
-            self.save()
+            self.save(while_training=not (stage_done or update.stop))
         if update.stop and not complete:
             self.stopped = True
             self.records.write("stop", tokens=progress.tokens, reason="asked to stop")
@@ -364,41 +401,68 @@ class Session:
         self.console.note(f"{moment} at {human(progress.tokens, 'tokens')}: validation loss {text}")
         return corpora
 
-    def save(self) -> None:
-        """Writes a checkpoint of the present state and prunes old ones."""
+    def save(self, *, while_training: bool = False) -> None:
+        """Writes a checkpoint of the present state and prunes old ones; one that is still being written first.
+
+        while_training: a large state is copied and written by a thread, and what fails is raised by a later call.
+        """
+        self.finish_saving()
         progress = self.state.progress
         error: BaseException | None = None
         if self.world.is_main:
             with self.clock.section("save") as spent:
                 try:
-                    path = checkpoint.save(
-                        self.checkpoints,
-                        model=self.state.model,
-                        optimizer=self.state.optimizer or self._optimizer(self.resolved.stages[progress.stage]),
-                        progress=progress,
-                        lineage=self._lineage(),
-                        recipe_hash=self.resolved.recipe_hash,
-                        tokenizer=self.tokenizer,
-                    )
-                    ends = {
-                        sum(s.tokens for s in self.resolved.stages[: i + 1]) for i in range(len(self.resolved.stages))
-                    }
-                    checkpoint.prune(self.checkpoints, self.resolved.checkpoint_keep, ends)
+                    self._saving = self._start_saving(while_training)
+                    if not while_training:
+                        self._saving.finish()
                 except UserError as failed:
-                    error = failed
-            if error is None:
-                progress.seconds["save"] += spent.seconds
-                self._record_consumed()
-                self.records.write(
-                    "checkpoint", tokens=progress.tokens, path=path.name, seconds=round(spent.seconds, 3)
-                )
+                    error, self._saving = failed, None
+            progress.seconds["save"] += spent.seconds
         if sum_values([float(error is not None)], self.world)[0]:
             raise error or UserError("the main process could not save the checkpoint; its message says why")
+        if not while_training:
+            self.finish_saving()
 
-    def _record_consumed(self) -> None:
-        for record in self._stage_records():
-            sources = {s["name"]: {k: s[k] for k in ("rows", "tokens", "epochs")} for s in record["sources"]}
-            self.records.write("consumed", tokens=self.state.progress.tokens, stage=record["stage"], sources=sources)
+    def _start_saving(self, while_training: bool) -> Saving:
+        progress = self.state.progress
+        optimizer = self.state.optimizer or self._optimizer(self.resolved.stages[progress.stage])
+        model, moments = self.state.model, self.moments(optimizer)
+        in_background = while_training and pays(state_size(model, moments))
+        if in_background:
+            model, moments = copied(model, moments)
+        wanted: dict[str, Any] = {
+            "progress": copy.deepcopy(progress),
+            "lineage": self._lineage(),
+            "recipe_hash": self.resolved.recipe_hash,
+            "tokenizer": self.tokenizer,
+            "companions": self.companions,
+        }
+        ends = {sum(s.tokens for s in self.resolved.stages[: i + 1]) for i in range(len(self.resolved.stages))}
+        self._consumed_by_saved = self._consumed()
+
+        def write() -> Path:
+            path = checkpoint.save(self.checkpoints, model=model, moments=moments, **wanted)
+            checkpoint.prune(self.checkpoints, self.resolved.checkpoint_keep, ends)
+            return path
+
+        return Saving(write, tokens=progress.tokens, in_background=in_background)
+
+    def finish_saving(self, *, wait: bool = True) -> None:
+        """Records the checkpoint that was being written, once it is whole. Raises UserError when that failed."""
+        if self._saving is None or not (wait or self._saving.is_done):
+            return
+        saving, self._saving = self._saving, None
+        path = saving.finish()
+        for stage, sources in self._consumed_by_saved:
+            self.records.write("consumed", tokens=saving.tokens, stage=stage, sources=sources)
+        self.records.write("checkpoint", tokens=saving.tokens, path=path.name, seconds=round(saving.seconds, 3))
+
+    def _consumed(self) -> list[tuple[str, dict[str, Any]]]:
+        """What was drawn from each source, by stage."""
+        return [
+            (r["stage"], {s["name"]: {k: s[k] for k in ("rows", "tokens", "epochs")} for s in r["sources"]})
+            for r in self._stage_records()
+        ]
 
     def _stage_records(self) -> list[dict[str, Any]]:
         progress = self.state.progress
@@ -414,6 +478,9 @@ class Session:
         after = progress.latest.get("corpora", {}) if progress.latest.get("tokens") == progress.tokens else {}
         inherited = self.parent.corpora if self.parent else {}
         own = {n: {k: f[k] for k in ("path", "fingerprint", "tokenizer")} for n, f in self.resolved.corpora.items()}
+        for name, facts in self.resolved.corpora.items():
+            if facts.get("stands_in") or inherited.get(name, {}).get("stands_in"):
+                own[name]["stands_in"] = True
         drawn = {s["fingerprint"] for r in self._stage_records() for s in r["sources"]}
         return {
             "stages": [
@@ -423,14 +490,20 @@ class Session:
             "evaluation": {"before": progress.before, "after": after},
             "corpora": {**inherited, **{n: f for n, f in own.items() if n in inherited or f["fingerprint"] in drawn}},
             "environment": self.environment,
+            "origin": self.parent.origin if self.parent else None,
+            "changes": self.parent.changes if self.parent else [],
         }
 
     def close(self) -> None:
-        """Ends the records and the progress line; harmless when they have ended already."""
-        self.records.close()
-        self.console.close()
-        if self._board is not None:
-            self._board.close()
+        """Ends the records and the progress line, a checkpoint being written first; harmless when all has ended."""
+        try:
+            with contextlib.suppress(UserError, OSError):  # what ended the run is told, not what this may add
+                self.finish_saving()
+        finally:
+            self.records.close()
+            self.console.close()
+            if self._board is not None:
+                self._board.close()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Records that the run is complete."""
@@ -483,14 +556,14 @@ def check_processes(sequences: int, world: World) -> None:
         raise UserError(f"{world.size} processes for batch.sequences {sequences}: each process needs a row; use fewer")
 
 
-def check_memory(config: ModelConfig, device: torch.device) -> None:
+def check_memory(config: AnyConfig, device: torch.device) -> None:
     """Raises UserError for a model whose weights, gradients and optimizer state cannot fit, whatever is free now."""
-    needed = sum(state_bytes(config, 4))  # 4 bytes of optimizer state per parameter at the least
+    needed = state_bytes(config, 4)  # 4 bytes of optimizer state per parameter at the least
     on_gpu = device.type == "cuda"
     there = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine_memory_bytes()["total"]
     if there is not None and needed > there:
         raise UserError(
-            f"model: {human(num_parameters(config).total)} parameters need at least {human_bytes(needed)} for weights, "
+            f"model: {human(num_parameters(config))} parameters need at least {human_bytes(needed)} for weights, "
             f"gradients and optimizer state; this {'GPU' if on_gpu else 'machine'} has {human_bytes(there)}. Take a "
             "smaller model."
         )

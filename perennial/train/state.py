@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from perennial.model.transformer import Transformer
+from perennial.model.through_transformers import AnyModel
 
 SECONDS = ("train", "data", "evaluate", "save")
 
@@ -50,6 +50,6 @@ class Progress:
 class TrainState:
     """The whole state of a run."""
 
-    model: Transformer
+    model: AnyModel
     optimizer: Any
     progress: Progress

@@ -12,6 +12,7 @@ import torch
 from perennial.core.errors import TrainingStopped
 from perennial.data.loader import Batch
 from perennial.optimizers.base import set_rate
+from perennial.train.new_rows import NewRows
 from perennial.train.parallel import World, sum_gradients, sum_values
 from perennial.train.precision import autocast
 
@@ -62,24 +63,31 @@ def make_update(
     precision: str,
     micro_batch: int | None,
     world: World,
+    new_rows: NewRows | None = None,
     stop: bool = False,
 ) -> Update:
-    """Trains on one batch. Raises NonFinite, with nothing applied, when the loss or a gradient is not finite."""
+    """Trains on one batch. Raises NonFinite, with nothing applied, when the loss or a gradient is not finite.
+
+    new_rows: all that is trained, when that is not the whole model.
+    """
+    trained = new_rows or model
     local = sum(int((row >= 0).sum()) for row in batch.targets)
     count, stops = sum_values([float(local), float(stop)], world)
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
-    optimizer.zero_grad(set_to_none=True)
+    trained.zero_grad(set_to_none=True)
     for part in to_torch(batch, world.device, micro_batch or len(batch.inputs)):
         with autocast(precision, world.device):
             loss = objective.loss(model, part)
         (loss.total / count).backward()
         nats += loss.nats.double()
-    sum_gradients(model.parameters(), world)
+    if new_rows is not None:
+        new_rows.take_gradients()
+    sum_gradients(trained.parameters(), world)
     total = sum_values([float(nats)], world)[0]
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip is not None else math.inf))
+    norm = float(torch.nn.utils.clip_grad_norm_(trained.parameters(), clip if clip is not None else math.inf))
     if not (math.isfinite(total) and math.isfinite(norm)):
         where = _not_finite(model)
-        optimizer.zero_grad(set_to_none=True)
+        trained.zero_grad(set_to_none=True)
         raise NonFinite(f"loss {total / count:.4g}, gradient norm {norm:.4g}{where}")
     set_rate(optimizer, rate)
     optimizer.step()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,21 @@ class Model(torch.nn.Module):
     def forward(self, inputs: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
         x = torch.nn.functional.linear(self.embedding[inputs], self.matrix)
         return x if segments is None else x * (1 + segments.unsqueeze(-1))
+
+
+class CappedModel(Model):
+    """A model whose logits are not one product: it has no head weight to give, and is called for logits."""
+
+    head_weight = None
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(tied=False, **sizes)
+
+    def forward(self, inputs: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+        return 9 * torch.tanh(torch.nn.functional.linear(super().forward(inputs, segments), self.head) / 9)
+
+
+HEADS = {"tied": lambda: Model(tied=True), "own": lambda: Model(tied=False), "logits": CappedModel}
 
 
 @dataclass
@@ -77,9 +94,9 @@ def assert_same(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: f
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
-@pytest.mark.parametrize("tied", [True, False])
-def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, index: int, tied: bool) -> None:
-    model, data, objective = Model(tied=tied).double(), batch(), settings(name, index)
+@pytest.mark.parametrize("head", HEADS)
+def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, index: int, head: str) -> None:
+    model, data, objective = HEADS[head]().double(), batch(), settings(name, index)
     count = int((data.targets != IGNORED).sum())
     expected, nats = None, None
     for size in (6, 3, 2, 1):
@@ -95,8 +112,9 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, index: 
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
-def test_ignored_targets_contribute_nothing(name: str, index: int) -> None:
-    model, objective = Model(tied=False).double(), settings(name, index)
+@pytest.mark.parametrize("head", ["own", "logits"])
+def test_ignored_targets_contribute_nothing(name: str, index: int, head: str) -> None:
+    model, objective = HEADS[head]().double(), settings(name, index)
     data = batch(rows=4, ignored=0.0)
     masked = Batch(data.inputs, data.targets.clone(), data.segments)
     masked.targets[2:] = IGNORED
@@ -118,8 +136,9 @@ def test_ignored_targets_contribute_nothing(name: str, index: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
-def test_uniform_logits_give_the_logarithm_of_the_vocabulary(name: str, index: int) -> None:
-    model, data, objective = Model(tied=False), batch(), settings(name, index)
+@pytest.mark.parametrize("head", ["own", "logits"])
+def test_uniform_logits_give_the_logarithm_of_the_vocabulary(name: str, index: int, head: str) -> None:
+    model, data, objective = HEADS[head](), batch(), settings(name, index)
     with torch.no_grad():
         model.head.zero_()
     loss = objective.loss(model, data)
@@ -127,8 +146,9 @@ def test_uniform_logits_give_the_logarithm_of_the_vocabulary(name: str, index: i
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
-def test_evaluate_is_the_reported_loss_without_gradients(name: str, index: int) -> None:
-    model, data, objective = Model(tied=True), batch(), settings(name, index)
+@pytest.mark.parametrize("head", ["tied", "logits"])
+def test_evaluate_is_the_reported_loss_without_gradients(name: str, index: int, head: str) -> None:
+    model, data, objective = HEADS[head](), batch(), settings(name, index)
     loss, (nats, count) = objective.loss(model, data), objective.evaluate(model, data)
     assert loss.total.requires_grad
     assert not loss.nats.requires_grad
@@ -140,8 +160,9 @@ def test_evaluate_is_the_reported_loss_without_gradients(name: str, index: int) 
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
-def test_gradient_is_the_derivative(name: str, index: int) -> None:
-    model, data, objective = Model(tied=False).double(), batch(rows=3), settings(name, index)
+@pytest.mark.parametrize("head", ["own", "logits"])
+def test_gradient_is_the_derivative(name: str, index: int, head: str) -> None:
+    model, data, objective = HEADS[head]().double(), batch(rows=3), settings(name, index)
 
     def total(embedding: torch.Tensor, matrix: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         given = {"model.embedding": embedding, "model.matrix": matrix, "model.head": head}
@@ -187,7 +208,9 @@ def test_component_is_documented_and_carries_examples(name: str) -> None:
 
 def plainly(model: Model, data: Batch, z_loss: float) -> torch.Tensor:
     """The objective's total as one would write it, with all logits at once."""
-    logits = torch.nn.functional.linear(model(data.inputs, data.segments), model.head_weight).flatten(0, 1).float()
+    states = model(data.inputs, data.segments)
+    product = states if model.head_weight is None else torch.nn.functional.linear(states, model.head_weight)
+    logits = product.flatten(0, 1).float()
     targets = data.targets.flatten()
     log_z = torch.logsumexp(logits, dim=-1)
     nats = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
@@ -200,11 +223,11 @@ def next_token(**given: Any) -> Objective:
     return objective
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3])
 @pytest.mark.parametrize("chunk_tokens", [1, 8, 30, None])
-def test_equals_the_plain_computation_in_fp32(tied: bool, z_loss: float, chunk_tokens: int | None) -> None:
-    model, data = Model(tied=tied), batch()
+def test_equals_the_plain_computation_in_fp32(head: str, z_loss: float, chunk_tokens: int | None) -> None:
+    model, data = HEADS[head](), batch()
     expected = plainly(model, data, z_loss)
     (expected / 7).backward()
     wanted = gradients(model)
@@ -216,8 +239,9 @@ def test_equals_the_plain_computation_in_fp32(tied: bool, z_loss: float, chunk_t
         assert loss.nats.item() == loss.total.item()
 
 
-def test_under_bf16_autocast_it_is_as_near_to_fp32_as_the_plain_computation() -> None:
-    model = Model(tied=False, vocabulary=300, width=32)
+@pytest.mark.parametrize("kind", [functools.partial(Model, tied=False), CappedModel])
+def test_under_bf16_autocast_it_is_as_near_to_fp32_as_the_plain_computation(kind: Callable[..., Model]) -> None:
+    model = kind(vocabulary=300, width=32)
     torch.manual_seed(2)
     inputs, targets = torch.randint(300, (2, 16, 32))
     data = Batch(inputs, targets)
@@ -234,6 +258,29 @@ def test_under_bf16_autocast_it_is_as_near_to_fp32_as_the_plain_computation() ->
     assert all(gradient.dtype == torch.float32 for gradient in own)
     assert loss.nats.dtype == torch.float32
     assert loss.nats.item() == pytest.approx(plain.item(), rel=1e-4)
+
+
+def test_given_logits_are_kept_once_and_left_as_they_are() -> None:
+    given = torch.randn(40, VOCABULARY, requires_grad=True)
+
+    class Giver:
+        head_weight = None
+
+        def __call__(self, inputs: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+            return given
+
+    before, saved = given.detach().clone(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = next_token(chunk_tokens=8).loss(Giver(), Batch(torch.zeros(40).long(), torch.arange(40) % VOCABULARY))
+    assert [t.data_ptr() for t in saved if t.is_floating_point()] == [given.data_ptr()]
+    for _ in range(2):  # the graph may be gone through again
+        loss.total.backward(retain_graph=True)
+    expected = torch.nn.functional.cross_entropy(
+        before.requires_grad_(), torch.arange(40) % VOCABULARY, reduction="sum"
+    )
+    expected.backward()
+    torch.testing.assert_close(given.grad, 2 * before.grad)
+    assert torch.equal(given.detach(), before.detach())
 
 
 def test_sure_and_hopeless_predictions_stay_finite() -> None:

@@ -31,6 +31,7 @@ class Network(torch.nn.Module):
 
         self.embedding = weights(24, 8)
         self.first_matrix, self.second_matrix = weights(16, 8), weights(8, 16)
+        self.stack = weights(2, 8, 8)
         self.norm = torch.nn.Parameter(torch.ones(8))
         self.bias = torch.nn.Parameter(torch.zeros(16))
         self.head = weights(4, 8)
@@ -38,6 +39,7 @@ class Network(torch.nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embedding[ids]
         x = x + torch.tanh(x @ self.first_matrix.T + self.bias) @ self.second_matrix.T
+        x = x + torch.tanh(x @ self.stack[0]) @ self.stack[1]
         return (x * self.norm) @ self.head.T
 
 
@@ -221,7 +223,7 @@ def test_a_parent_may_continue_with_another_optimizer(parent: str, child: str) -
         import_state(other, stored)
     assert all(not tensor.any() for tensor in export_state(other).values()), "a refused import changed something"
     kept, fresh = import_state(other, stored, strict=False)
-    assert sorted(kept) == ["bias", "embedding", "head", "norm"]
+    assert sorted(kept) == ["bias", "embedding", "head", "norm", "stack"]
     assert sorted(fresh) == ["first_matrix", "second_matrix"]
     assert torch.equal(export_state(other)["head.exp_avg"], stored["head.exp_avg"])
     assert export_state(other)["head.step"] == 3
@@ -244,7 +246,7 @@ def test_strict_import_names_what_does_not_fit() -> None:
         assert words in str(refused.value)
     kept, fresh = import_state(other, stored, strict=False)
     assert fresh == ["head"]
-    assert len(kept) == 5
+    assert len(kept) == 6
 
 
 def test_adamw_equals_the_formula_in_float64() -> None:
@@ -291,7 +293,8 @@ def test_muon_refuses_what_it_cannot_take() -> None:
 
 def test_one_number_is_the_decay_of_matrices_and_head() -> None:
     component, _ = plugins.build("optimizers", {"name": "adamw", "weight_decay": 0.3})
-    assert component.weight_decay.model_dump() == {"matrix": 0.3, "embedding": 0, "head": 0.3, "norm": 0, "bias": 0}
+    decayed = {"matrix": 0.3, "stack": 0.3, "head": 0.3}
+    assert component.weight_decay.model_dump() == {**dict.fromkeys(ROLES, 0), **decayed}
     _, problems = plugins.build("optimizers", {"name": "adamw", "weight_decay": {"haed": 0.3}, "beta1": 1.0})
     messages = " ".join(problem.message for problem in problems)
     assert "Did you mean 'head'" in messages

@@ -29,15 +29,15 @@ def test_every_head_has_its_own_keys_and_heads_share_the_width_unless_told_other
 
 
 def test_a_configuration_survives_json() -> None:
-    config = ModelConfig.model_validate({**SHAPE, "qk_norm": True, "kv_heads": 1})
+    config = ModelConfig.model_validate({**SHAPE, "qk_norm": "head", "kv_heads": 1})
     assert ModelConfig.model_validate_json(config.model_dump_json()) == config
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"heads": 5}, "width 64 must be a multiple of heads 5"),
-        ({"heads": 5, "head_width": 12}, "Llama's format asks for it"),
+        ({"heads": 5}, "width 64 must be a multiple of heads 5, or head_width given"),
+        ({"heads": 5, "head_width": 12}, "Llama's format asks for"),
         ({"kv_heads": 3}, "heads 4 must be a multiple of kv_heads 3"),
         ({"kv_heads": 8}, "heads 4 must be a multiple of kv_heads 8"),
         ({"head_width": 15}, "head_width 15 must be even"),
@@ -56,8 +56,8 @@ def test_a_wrong_dimension_is_named(overrides: dict[str, Any], expected: str) ->
 
 
 def test_qk_norm_frees_the_width_from_the_heads() -> None:
-    assert problems(heads=5, head_width=12, qk_norm=True) == []
-    assert len(problems(heads=5, qk_norm=True)) == 1
+    assert problems(heads=5, head_width=12, qk_norm="head") == []
+    assert len(problems(heads=5, qk_norm="head")) == 1
 
 
 @pytest.mark.parametrize("value", ["many", None, -4, 0, 1.5])
@@ -67,8 +67,8 @@ def test_what_follows_from_a_wrong_value_is_not_reported_too(value: Any) -> None
 
 
 def test_contradictions_are_listed_together() -> None:
-    (found,) = problems(heads=3, kv_heads=2, head_width=5, qk_norm=True)
-    assert found == "heads 3 must be a multiple of kv_heads 2; head_width 5 must be even"
+    (found,) = problems(heads=3, kv_heads=2, head_width=5, qk_norm="head")
+    assert found == "heads 3 must be a multiple of kv_heads 2; head_width 5 must be even: rotary positions turn pairs"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -81,7 +81,7 @@ def test_a_preset_has_as_many_parameters_as_its_name_says(name: str) -> None:
 
 
 def test_presets_take_overrides() -> None:
-    config = ModelConfig.from_preset("2m", vocabulary_size=4096, heads=6, qk_norm=True, context=512)
+    config = ModelConfig.from_preset("2m", vocabulary_size=4096, heads=6, qk_norm="head", context=512)
     assert (config.heads, config.kv_heads, config.head_width, config.context) == (6, 6, 32, 512)
     assert ModelConfig.from_preset("1b", 4096, heads=16).kv_heads == 8
 

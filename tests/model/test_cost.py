@@ -28,7 +28,8 @@ def counted_by_role(model: Transformer) -> dict[str, int]:
 def by_role(config: ModelConfig) -> dict[str, int]:
     parameters = cost.num_parameters(config)
     roles = {"embedding": parameters.embedding, "head": parameters.head, "matrix": parameters.matrix}
-    return {role: count for role, count in {**roles, "norm": parameters.norm}.items() if count}
+    roles |= {"norm": parameters.norm, "bias": parameters.bias}
+    return {role: count for role, count in roles.items() if count}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -81,7 +82,9 @@ def test_state_bytes(variant: str) -> None:
     counted = [list(model.parameters()), [p.grad for p in model.parameters() if p.grad is not None], moments]
     expected = tuple(sum(t.numel() * t.element_size() for t in tensors) for tensors in counted)
     assert cost.state_bytes(model.config, 8) == expected
-    assert cost.state_bytes(model.config, dict.fromkeys(("embedding", "head", "matrix", "norm"), 8.0)) == expected
+    assert (
+        cost.state_bytes(model.config, dict.fromkeys(("embedding", "head", "matrix", "norm", "bias"), 8.0)) == expected
+    )
 
 
 def saved_bytes(model: Transformer, inputs: torch.Tensor, segments: torch.Tensor | None, precision: str) -> int:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from perennial.core.errors import UserError
 from perennial.model import blocks
-from perennial.model.attention import attention, document_mask
+from perennial.model.attention import attention, attention_mask
 from perennial.model.config import ModelConfig
-from perennial.model.operations import rms_norm, rotary_table, rotate
+from perennial.model.operations import layer_norm, rms_norm, rotate
 from perennial.model.roles import role_of
+from perennial.model.rope import rotary_table
 from perennial.model.transformer import Transformer, initialise
 from tests.model.models import VARIANTS, tiny_config, tiny_model
 
@@ -34,9 +35,16 @@ def test_rms_norm_is_its_formula() -> None:
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_layer_norm_is_its_formula() -> None:
+    x, weight, bias = torch.randn(3, 5, 8), torch.randn(8), torch.randn(8)
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    torch.testing.assert_close(layer_norm(x, weight, bias, 1e-5), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_rotation_is_a_complex_product() -> None:
     x = torch.randn(2, 7, 3, 8, dtype=torch.float64)
-    turned = rotate(x, rotary_table(7, 8, 10_000.0, like=x))
+    turned = rotate(x, rotary_table(tiny_config(heads=8), 7, x))
     pairs = torch.complex(x[..., :4], x[..., 4:])
     angles = torch.arange(7)[:, None] * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     expected = pairs * torch.polar(torch.ones_like(angles), angles)[:, None, :]
@@ -63,7 +71,7 @@ def test_attention_is_its_formula(length: int, kv_heads: int, masked: bool) -> N
     q = torch.randn(2, length, 4, 6, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(2, length, kv_heads, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     segments = torch.cumsum(torch.rand(2, length) < 0.05, 1, dtype=torch.int32) if masked else None
-    found, wanted = attention(q, k, v, document_mask(segments)), explicit_attention(q, k, v, segments)
+    found, wanted = attention(q, k, v, attention_mask(length, segments, None)), explicit_attention(q, k, v, segments)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
     direction = torch.randn_like(found)
     gradients = [torch.autograd.grad(out, (q, k, v), direction) for out in (found, wanted)]
@@ -79,9 +87,9 @@ def test_first_and_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     x, weight = double(2, 3, 4), double(4)
-    table = rotary_table(3, 4, 100.0, like=x)
+    table = rotary_table(tiny_config(heads=16, rope_theta=100.0), 3, x)
     q, k, v = double(2, 3, 2, 2), double(2, 3, 1, 2), double(2, 3, 1, 2)
-    mask = document_mask(torch.tensor([[0, 0, 1], [0, 1, 1]]))
+    mask = attention_mask(3, torch.tensor([[0, 0, 1], [0, 1, 1]]), None)
     cases = [
         (lambda x, weight: rms_norm(x, weight, 1e-5), (x, weight)),
         (lambda x: rotate(x[:, :, None], table), (x,)),
@@ -97,7 +105,7 @@ def test_first_and_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gradients_per_row() -> None:
     """torch.func sees through the CPU functions: the mean of the rows' gradients is the batch's."""
-    model = tiny_model(qk_norm=True, kv_heads=2)
+    model = tiny_model(qk_norm="head", kv_heads=2)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     inputs = tokens(3, 10)
 
@@ -116,7 +124,7 @@ def test_gradients_per_row() -> None:
 # The whole
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "gpt2"])  # its positions are absolute
 def test_a_document_is_read_as_if_it_were_alone(variant: str) -> None:
     model = tiny_model(**VARIANTS[variant])
     inputs = tokens(2, 200)
@@ -170,7 +178,7 @@ def test_bf16_autocast_follows_fp32(variant: str) -> None:
 
 
 def test_autocast_leaves_fp64_alone() -> None:
-    model, inputs = tiny_model(qk_norm=True).double(), tokens(2, 20)
+    model, inputs = tiny_model(qk_norm="head").double(), tokens(2, 20)
     plain = model(inputs)
     assert plain.dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
@@ -188,7 +196,7 @@ def test_same_inputs_same_bits() -> None:
 
 def test_the_compiler_takes_the_model_whole() -> None:
     """One graph, traced but not built: the plain formulas that a compiler sees agree with the CPU's functions."""
-    model, inputs = tiny_model(qk_norm=True, kv_heads=2), tokens(2, 20)
+    model, inputs = tiny_model(qk_norm="head", kv_heads=2), tokens(2, 20)
     traced = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(traced(inputs), model(inputs), atol=1e-5, rtol=1e-5)
 
@@ -202,7 +210,7 @@ def test_a_row_longer_than_the_context_is_refused() -> None:
 
 
 def test_initialisation_depends_on_the_seed_alone() -> None:
-    config = tiny_config(qk_norm=True)
+    config = tiny_config(qk_norm="head")
     one = initialise(Transformer(config), 5)
     torch.manual_seed(1)
     same, other = initialise(Transformer(config), 5), initialise(Transformer(config), 6)
@@ -241,7 +249,7 @@ def test_before_it_is_filled_a_model_is_zero() -> None:
 
 def test_every_parameter_has_a_role() -> None:
     roles = {
-        name: role_of(name) for name, _ in Transformer(tiny_config(qk_norm=True), device="meta").named_parameters()
+        name: role_of(name) for name, _ in Transformer(tiny_config(qk_norm="head"), device="meta").named_parameters()
     }
     assert roles["model.embed_tokens.weight"] == "embedding"
     assert roles["lm_head.weight"] == "head"

@@ -74,10 +74,11 @@ def page(comparison: Comparison) -> str:
 def test_every_section_has_something_to_say(page: str) -> None:
     ids = checked(page).attributes("id")
     for name in plugins.names("sections"):
-        if name not in ("summary", "incidents"):
+        if name not in ("summary", "incidents", "tasks"):
             assert name in ids, name
     assert 'class="lead"' in page
     assert 'id="incidents"' not in page
+    assert 'id="tasks"' not in page
 
 
 def test_nothing_comes_from_outside(page: str) -> None:

@@ -210,7 +210,7 @@ def test_wrong_input_exits_2_with_one_error(workspace: Any, base: Path, tmp_path
             ["continue", base, "--data", str(workspace.new), "--tokens", "1K tokens", "--out", tmp_path / "r"],
             "NAME=PATH",
         ),
-        (["continue", base, "--data", data, "--tokens", "1000", "--out", tmp_path / "r"], "no unit"),
+        (["continue", base, "--data", data, "--tokens", "1e9", "--out", tmp_path / "r"], "no unit"),
         (
             [
                 "continue",

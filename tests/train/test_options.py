@@ -53,7 +53,7 @@ def test_bf16_follows_fp32(workspace: Any, tmp_path: Path) -> None:
 def test_qk_norm_and_tied_embeddings_open_as_qwen3(workspace: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="opens the checkpoint with transformers")
     shape = {"width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "mlp_width": 64, "context": 64}
-    options = {**shape, "qk_norm": True, "tied_embeddings": True}
+    options = {**shape, "qk_norm": "head", "tied_embeddings": True}
     run_with(workspace, tmp_path / "run", model={"options": options})
     opened = transformers.AutoModelForCausalLM.from_pretrained(newest_checkpoint(tmp_path / "run"))
     assert opened.config.model_type == "qwen3"

@@ -97,7 +97,7 @@ def _sample(
 ) -> Iterator[str]:
     """Documents picked by their digests, over the whole of the inputs, until there are `sample_bytes`."""
     total = sum(source.num_bytes for source in inputs)
-    share = min(1.0, sample_bytes / _text_bytes(inputs))
+    share = min(1.0, sample_bytes / text_bytes(inputs))
     taken = 0
     for document, place in documents(inputs, fields):
         utf8 = document.text.encode()
@@ -115,7 +115,7 @@ def _sample(
         progress(total, total, f"{human_bytes(taken)} sampled, merging")
 
 
-def _text_bytes(inputs: Sequence[Input]) -> int:
+def text_bytes(inputs: Sequence[Input]) -> int:
     """About how much text the inputs hold."""
     files_found = (file for source in inputs for file in source.files())
     return sum(f.size * (_COMPRESSED_GROWTH if f.path.suffix in _COMPRESSED else 1) for f in files_found)

@@ -1,0 +1,57 @@
+"""A checkpoint that goes on with texts: its tokenizer around `model.generation`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import torch
+from tokenizers import Tokenizer
+
+from perennial.core import lineage as lineages
+from perennial.core.environment import tune_process
+from perennial.data.tokenizers.folder import TokenizerFolder
+from perennial.evals.parity import checked_parity
+from perennial.model.generation import generate, stop_ids
+from perennial.model.huggingface import load_model
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes to for bytes that are not yet a whole character."""
+
+
+class Writer:
+    """A model and its tokenizer, loaded once. Raises UserError for a folder that is not a whole model."""
+
+    def __init__(self, folder: Path, *, precision: str = "fp32") -> None:
+        tune_process()
+        self.device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        self.precision = precision
+        self.folder = TokenizerFolder.open(folder)
+        self.tokenizer = Tokenizer.from_str(orjson.dumps(self.folder.for_encoding()).decode())
+        if not lineages.has_lineage(folder):
+            checked_parity(folder)
+        self.model = load_model(folder, device=self.device).eval()
+        self.stop = stop_ids(folder) or {self.folder.separator_id}
+
+    def write(
+        self, prompt: str, *, tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Iterator[str]:
+        """The text that follows, in pieces as it comes; the prompt is cut as `transformers` cuts it."""
+        ids = self.tokenizer.encode(prompt).ids or [self.folder.separator_id]
+        made: list[int] = []
+        done = 0
+        settings = {"temperature": temperature, "top_p": top_p}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            for token in generate(self.model, ids, tokens=tokens, seed=seed, stop=self.stop, **settings):
+                made.append(token)
+                text = self._following(ids, made)
+                if len(text) > done and not text.endswith(_INCOMPLETE):
+                    yield text[done:]
+                    done = len(text)
+        if made and len(text := self._following(ids, made)) > done:
+            yield text[done:]
+
+    def _following(self, prompt: list[int], made: list[int]) -> str:
+        """What `made` adds to the text; decoded together with the prompt, because a space may hang between them."""
+        return self.tokenizer.decode([*prompt, *made])[len(self.tokenizer.decode(prompt)) :]
