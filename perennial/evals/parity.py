@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from perennial.core.errors import UserError
+from perennial.core.progress import Progress
 from perennial.data.tokenizers.folder import TOKENIZER, TokenizerFolder
 from perennial.model.config import ModelConfig
 from perennial.model.folder_config import read_config
@@ -96,18 +97,20 @@ def parity(folder: Path) -> dict[str, Any] | None:
     """`difference` between this program's and `transformers`' logits; None where there is nothing to compare.
 
     That is so for a model that runs through `transformers` anyway, and where that is not installed. The two models are
-    loaded one after the other, so that memory holds one.
+    loaded one after the other, so that memory holds one; ours first, because its errors say best what is wrong with a
+    folder. Raises UserError for a folder that cannot be loaded.
     """
+    ids = sample_ids(folder)
+    ours = our_logits(folder, ids)
     if not isinstance(read_config(folder).config, ModelConfig) or importlib.util.find_spec("transformers") is None:
         return None
-    ids = sample_ids(folder)
-    theirs = their_logits(folder, ids)
-    return difference(our_logits(folder, ids), theirs)
+    return difference(ours, their_logits(folder, ids))
 
 
 @functools.lru_cache(maxsize=64)
-def _parity_of(folder: Path, state: Any) -> dict[str, Any] | None:
-    return parity(folder)
+def _parity_of(folder: Path, state: tuple[tuple[str, int, int], ...]) -> dict[str, Any] | None:
+    with Progress("check import", quiet=sum(size for _, size, _ in state) < 1 << 29):
+        return parity(folder)
 
 
 def checked_parity(folder: Path) -> dict[str, Any] | None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from perennial.core.errors import UserError
+from perennial.core.lineage import has_lineage
 from perennial.core.progress import Progress
 from perennial.core.settings import check, raise_problems
 from perennial.data.corpus import Corpus
+from perennial.evals.parity import checked_parity
 
 
 def check_given(checkpoint: Path, data: Mapping[str, Path]) -> None:
-    """Raises UserError for a damaged checkpoint, and for data that are neither text nor corpora of its tokenizer."""
+    """Raises UserError for a damaged checkpoint, and for data that are neither text nor corpora of its tokenizer.
+
+    A model from elsewhere is loaded and compared with `transformers`, by one process.
+    """
     from perennial.train.checkpoint import verify
     from perennial.train.measuring import open_for
 
@@ -24,6 +30,8 @@ def check_given(checkpoint: Path, data: Mapping[str, Path]) -> None:
         if not path.exists() and not _is_being_prepared(path):
             raise UserError(f"{name}={path}: no such file or folder")
     open_for(checkpoint, {n: p for n, p in data.items() if is_prepared(p) or _is_being_prepared(p)})
+    if not has_lineage(checkpoint) and os.environ.get("RANK", "0") == "0":
+        checked_parity(checkpoint)
 
 
 def is_prepared(path: Path) -> bool:

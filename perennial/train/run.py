@@ -74,8 +74,8 @@ def _imported(resolved: Resolved) -> Resolved:
     """The resolved recipe with the comparison of a foreign parent's logits in its origin. Raises UserError."""
     if resolved.origin is None or resolved.origin.parity is not None or resolved.parent is None:
         return resolved
-    with ProgressLine("check import", unit="steps") as line:
-        found = checked_parity(Path(resolved.parent["path"]))
+    found = checked_parity(Path(resolved.parent["path"]))
+    with ProgressLine("import") as line:
         line.note(f"import: {in_words(found)}")
     return resolved.model_copy(update={"origin": resolved.origin.model_copy(update={"parity": found})})
 
