@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from perennial.core.amounts import human_bytes
 from perennial.core.errors import UserError
 from perennial.core.files import write_text
-from perennial.data.corpus import Corpus
+from perennial.data.corpus import Corpus, Split
 from perennial.data.documents import Fields, content_digest, cut, is_blank
 from perennial.data.readers.base import Reader
 from perennial.data.sources import AUTO, documents, survey
@@ -154,8 +154,12 @@ class _Collected:
     texts: list[str] = field(default_factory=list)
     num_bytes: int = 0
 
+    @property
+    def is_full(self) -> bool:
+        return self.num_bytes >= _MEASURED_BYTES
+
     def add(self, text: str) -> None:
-        if self.num_bytes < _MEASURED_BYTES:
+        if not self.is_full:
             self.texts.append(text)
             self.num_bytes += len(text.encode())
 
@@ -163,7 +167,8 @@ class _Collected:
 def read_parts(path: Path, reading: TextReading) -> Iterator[tuple[str, float]]:
     """The documents of files, or of a prepared corpus (its training part, decoded), and the share read with each."""
     if (path / "manifest.json").is_file():
-        yield from _decoded(Corpus.open(path))
+        corpus = Corpus.open(path)
+        yield from decoded(corpus, corpus.train)
         return
     inputs = survey([path], reading.reader)
     total = sum(source.num_bytes for source in inputs)
@@ -174,14 +179,33 @@ def read_parts(path: Path, reading: TextReading) -> Iterator[tuple[str, float]]:
                 yield part, share
 
 
-def _decoded(corpus: Corpus) -> Iterator[tuple[str, float]]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(corpus.path / "tokenizer" / TOKENIZER))
-    split, start = corpus.train, 0
+def decoded(corpus: Corpus, split: Split) -> Iterator[tuple[str, float]]:
+    """The documents of a part of a prepared corpus, from their tokens, and the share read with each."""
+    cutter, start = Cutter.of(corpus.path / "tokenizer"), 0
     for end in split.document_ends().tolist():
-        yield tokenizer.decode(split.tokens(start, end - 1).tolist(), skip_special_tokens=False), end / split.num_tokens
+        text = cutter.tokenizer.decode(split.tokens(start, end - 1).tolist(), skip_special_tokens=False)
+        yield text, end / split.num_tokens
         start = end
+
+
+def some_texts(texts: Iterable[str]) -> list[str]:
+    """The first of the texts, as many as fertility is measured on."""
+    collected = _Collected()
+    for text in texts:
+        collected.add(text)
+        if collected.is_full:
+            break
+    return collected.texts
+
+
+def sampled_texts(data: Mapping[str, Path], reading: TextReading, num_bytes: int) -> Iterator[str]:
+    """About so many bytes of the texts, in parts picked by their digests over the whole of them."""
+    share = min(1.0, num_bytes / max(1, sum(_num_bytes(path, reading) for path in data.values())))
+    for path in data.values():
+        for whole, _ in read_parts(path, reading):
+            for text in cut(whole, whole.encode(), _HELD_OUT_BYTES):
+                if share == 1.0 or split_of(b"vocabulary sample" + content_digest(text.encode()), share) != TRAIN:
+                    yield text
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,11 @@ class Cutter:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"the {TOKENIZER} cannot be loaded: {error}") from None
         self.tokenizer.encode_special_tokens = True
+
+    @classmethod
+    def of(cls, folder: Path) -> Cutter:
+        """The tokenizer of a folder. Raises UserError."""
+        return cls(TokenizerFolder.open(folder).for_encoding())
 
     def ids(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The ids of all texts, flat, and for each whether it is the first of a word."""
