@@ -4,7 +4,8 @@
 
 Both sides start from one Hugging Face folder, see the same random batch of 8 rows of 256 tokens, multiply in the same
 dtype (fp32, or bf16 autocast over fp32 weights) and update with torch's fused AdamW after clipping the gradient's norm.
-`transformers` computes the loss its own way (labels given to the model), native code through the next-token objective.
+`transformers` is used as its documentation shows: the loss is its own (labels given to the model) and torch is as it
+starts up. Native code goes through the next-token objective, with the process tuned as every command of Perennial does.
 Every measurement is a process of its own and the contenders take turns. Tokens per second is the median over updates
 after the first three; memory is the largest resident set less what the process held before the model was loaded, all
 imports done. The last column is the difference of the two losses after the last update.
@@ -65,13 +66,13 @@ def measure(contender: str, folder: Path, dtype: str, updates: int) -> dict[str,
     from perennial.objectives.next_token import NextToken
     from perennial.train.step import TorchBatch
 
-    tune_process()
     torch.manual_seed(0)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     rows = torch.randint(vocabulary, (ROWS, LENGTH + 1))
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     before = resident_bytes()
     if contender == "native":
+        tune_process()  # as every command of Perennial does; a script with transformers does not
         model: Any = load_model(folder).train()
         objective, batch = NextToken(), TorchBatch(inputs, targets, None)
 

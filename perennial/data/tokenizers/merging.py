@@ -60,13 +60,14 @@ class Pairs:
     def __init__(self, words: Words) -> None:
         num_tokens = len(words.tokens)
         ends = np.cumsum(words.lengths)
-        self._token = words.tokens.copy()
+        # Four bytes a number: where words are not separated, these are as long as the text.
+        self._token = words.tokens.astype(np.int32)
         self._weight = np.repeat(words.counts, words.lengths)
-        self._next = np.arange(1, num_tokens + 1)
+        self._next = np.arange(1, num_tokens + 1, dtype=np.int32)
         self._next[ends - 1] = _NONE
-        self._previous = np.arange(-1, num_tokens - 1)
+        self._previous = np.arange(-1, num_tokens - 1, dtype=np.int32)
         self._previous[ends - words.lengths] = _NONE
-        places = np.flatnonzero(self._next != _NONE)
+        places = np.flatnonzero(self._next != _NONE).astype(np.int32)
         keys = self._keys(places)
         order = np.argsort(keys, kind="stable")
         self._sorted_places = places[order]
@@ -76,10 +77,10 @@ class Pairs:
         self.counts: dict[int, int] = dict(zip(distinct.tolist(), totals.tolist(), strict=True))
         """How often each pair occurs in the text, by its key."""
         self._slices = dict(zip(distinct.tolist(), zip(starts.tolist(), stops, strict=True), strict=True))
-        self._later: dict[int, list[NDArray[np.int64]]] = {}
+        self._later: dict[int, list[NDArray[np.int32]]] = {}
 
-    def _keys(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        keys: NDArray[np.int64] = self._token[places] << _SHIFT | self._token[self._next[places]]
+    def _keys(self, places: NDArray[np.int32]) -> NDArray[np.int64]:
+        keys: NDArray[np.int64] = self._token[places].astype(np.int64) << _SHIFT | self._token[self._next[places]]
         return keys
 
     def join(self, left: int, right: int, product: int) -> list[int]:
@@ -96,7 +97,7 @@ class Pairs:
         formed = np.concatenate([self._previous[first], first[has_next]])
         return self._count(np.unique(formed[formed != _NONE]), 1)
 
-    def _occurrences(self, left: int, right: int) -> NDArray[np.int64]:
+    def _occurrences(self, left: int, right: int) -> NDArray[np.int32]:
         """Where the pair stands now (the place of its left token), without overlaps, in order."""
         key = pair_key(left, right)
         start, stop = self._slices.pop(key, (0, 0))
@@ -105,16 +106,16 @@ class Pairs:
         places = places[self._token[self._next[places]] == right]
         return self._leftmost(places) if left == right else places
 
-    def _leftmost(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _leftmost(self, places: NDArray[np.int32]) -> NDArray[np.int32]:
         """Of occurrences that share a token (a a a), every other one from the left, as BPE joins them."""
         taken, used = [], _NONE
         for place, following in zip(places.tolist(), self._next[places].tolist(), strict=True):
             if place != used:
                 taken.append(place)
                 used = following
-        return np.array(taken, np.int64)
+        return np.array(taken, np.int32)
 
-    def _count(self, places: NDArray[np.int64], sign: int) -> list[int]:
+    def _count(self, places: NDArray[np.int32], sign: int) -> list[int]:
         """Adds the pairs at these places to the counts, or takes them away; returns their keys."""
         if not len(places):
             return []
