@@ -32,7 +32,7 @@ PLAIN, ROWS_FIRST = "not-extended", "rows-first"
 LEARNED_BYTES = 16 << 20
 """Of German, to find the tokens in."""
 ROWS_SHARE, ROWS_RATE = 0.2, 1e-2
-BATCH = {"sequences": 16, "sequence_length": 256}
+BATCH = {"sequences": 8, "sequence_length": 256}
 
 
 def write_texts(work: Path) -> None:

@@ -145,7 +145,7 @@ class TextReading:
     reader: Reader | str = AUTO
     text_field: str = "text"
     sample_bytes: int = 32 << 20
-    """Most new text to learn from, spread over the whole; without word borders it takes 60 times that in memory."""
+    """Most new text to learn from, spread over the whole; without word borders it takes 90 times that in memory."""
 
 
 @dataclass

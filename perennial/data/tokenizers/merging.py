@@ -25,7 +25,7 @@ _NONE = -1
 class Words(NamedTuple):
     """Distinct words as token ids, one after the other, with how often each occurs."""
 
-    tokens: NDArray[np.int64]
+    tokens: NDArray[np.int32]
     lengths: NDArray[np.int64]
     counts: NDArray[np.int64]
 
@@ -33,7 +33,7 @@ class Words(NamedTuple):
     def counted(cls, counter: Counter[bytes]) -> Words:
         """From counts of the words' ids as int32 bytes, in an order that does not depend on how they were met."""
         ordered = sorted(counter)
-        tokens = np.frombuffer(b"".join(ordered), np.int32).astype(np.int64)
+        tokens = np.frombuffer(b"".join(ordered), np.int32)
         lengths = np.array([len(word) // 4 for word in ordered], np.int64)
         return cls(tokens, lengths, np.array([counter[word] for word in ordered], np.int64))
 
@@ -61,7 +61,7 @@ class Pairs:
         num_tokens = len(words.tokens)
         ends = np.cumsum(words.lengths)
         # Four bytes a number: where words are not separated, these are as long as the text.
-        self._token = words.tokens.astype(np.int32)
+        self._token = words.tokens.copy()
         self._weight = np.repeat(words.counts, words.lengths)
         self._next = np.arange(1, num_tokens + 1, dtype=np.int32)
         self._next[ends - 1] = _NONE
