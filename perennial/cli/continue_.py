@@ -40,9 +40,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schedule", default="rewarm", metavar="NAME", help="rewarm (default), constant or infinite")
     parser.add_argument(
-        "--optimizer-state", choices=["keep", "reset"], default="keep", help="moments of the parent (default: keep)"
+        "--optimizer-state",
+        choices=["keep", "reset"],
+        default="keep",
+        help="moments of the parent (default: keep, where there are any)",
     )
-    parser.add_argument("--seed", type=int, help="default: the parent's + 1")
+    parser.add_argument("--seed", type=int, help="default: the parent's + 1, 0 for one from elsewhere")
     parser.add_argument(
         "--set",
         action="append",

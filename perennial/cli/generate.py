@@ -35,12 +35,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints each prompt and what follows as it comes."""
     import json
+    import sys
     from pathlib import Path
 
     from perennial.core.lineage import newest_checkpoint
     from perennial.evals.generation import Writer
 
     writer = Writer(newest_checkpoint(Path(args.checkpoint)), precision=args.precision)
+    if writer.not_applied:
+        told = ", ".join(f"{key} {value}" for key, value in writer.not_applied.items())
+        print(f"note: generation_config.json has {told}, which is not applied here", file=sys.stderr)
     results = []
     for prompt in args.prompt or [""]:
         pieces = []

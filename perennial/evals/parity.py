@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from perennial.core.progress import Progress
 from perennial.data.tokenizers.folder import TOKENIZER, TokenizerFolder
 from perennial.model.config import ModelConfig
 from perennial.model.folder_config import read_config
+from perennial.model.foreign import AnyConfig, check_vocabulary, row_limit
 from perennial.model.huggingface import load_model
 
 LIMIT_SHARE = 1e-4
@@ -31,6 +31,9 @@ LIMIT_SHARE = 1e-4
 
 MAX_TOKENS = 256
 """Length of the row that is compared; cost is that of one forward pass on each side."""
+
+MAX_REACH = 1024
+"""Windows up to this long are compared beyond their length; longer ones are only said not to be reached."""
 
 SAMPLE = """\
 The ferry left at 06:45, eleven minutes late, with 212 passengers and a crate of oranges nobody had ordered.
@@ -50,16 +53,32 @@ def delay(minutes: list[float], limit: float = 1e-3) -> float:
 
 
 def sample_ids(folder: Path, text: str = SAMPLE) -> Tensor:
-    """The text as the folder's tokenizer cuts it, shape (1, T) int64; ids spread over the vocabulary without one."""
+    """The text as the folder's tokenizer cuts it, shape (1, T) int64; ids spread over the vocabulary without one.
+
+    T is MAX_TOKENS, more where a window or dynamic positions begin to matter within MAX_REACH; the text is repeated to
+    fill it. Raises UserError when the tokenizer has ids that the model has no row for.
+    """
     config = read_config(folder).config
-    length = min(MAX_TOKENS, config.context or MAX_TOKENS)
+    length = min(
+        max(MAX_TOKENS, *(reach + 32 for reach in reaches(config) if reach <= MAX_REACH), 0), row_limit(config)
+    )
     if not (folder / TOKENIZER).is_file():
         return (torch.arange(length) * 7919 % config.vocabulary_size)[None]
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(orjson.dumps(TokenizerFolder.open(folder).for_encoding()).decode())
-    ids = [token for token in tokenizer.encode(text).ids if token < config.vocabulary_size]
+    tokenizer = TokenizerFolder.open(folder)
+    check_vocabulary(config, tokenizer.vocabulary_size, "the same folder", str(folder))
+    ids = tokenizer.encoder().encode(text).ids
+    if length > MAX_TOKENS:
+        ids *= -(-length // len(ids))
     return torch.tensor([ids[:length]])
+
+
+def reaches(config: AnyConfig) -> list[int]:
+    """Row lengths up to which a part of a native model does nothing: its window, and dynamic positions' context."""
+    if not isinstance(config, ModelConfig):
+        return []
+    scaling = config.rope_scaling
+    dynamic = scaling.original_context if scaling and scaling.kind == "dynamic" else None
+    return [reach for reach in (config.window, dynamic) if reach is not None]
 
 
 def our_logits(folder: Path, ids: Tensor) -> Tensor:
@@ -75,9 +94,13 @@ def their_logits(folder: Path, ids: Tensor) -> Tensor:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on a folder's settings are not this comparison's
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on a folder's settings are not this comparison's
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    except Exception as error:  # whatever it raises, it means that others cannot open this folder either
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: transformers cannot load this model: {reason}") from None
     with torch.no_grad():
         logits: Tensor = model(ids, use_cache=False).logits[0].float()
     del model
@@ -104,7 +127,11 @@ def parity(folder: Path) -> dict[str, Any] | None:
     ours = our_logits(folder, ids)
     if not isinstance(read_config(folder).config, ModelConfig) or importlib.util.find_spec("transformers") is None:
         return None
-    return difference(ours, their_logits(folder, ids))
+    found = difference(ours, their_logits(folder, ids))
+    return {
+        **found,
+        "not_reached": [reach for reach in reaches(read_config(folder).config) if reach >= found["tokens"]],
+    }
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,4 +164,5 @@ def in_words(found: Mapping[str, Any] | None) -> str:
     verdict = "within" if found["same"] else "ABOVE"
     size, tokens, limit = found["max_difference"], found["tokens"], found["limit"]
     where = f"over {tokens} tokens in {found['dtype']}"
-    return f"logits differ by at most {size:.3g} {where}, {verdict} the {limit:.3g} of rounding"
+    beyond = "".join(f"; positions beyond {reach} are not reached by this" for reach in found.get("not_reached", []))
+    return f"logits differ by at most {size:.3g} {where}, {verdict} the {limit:.3g} of rounding{beyond}"

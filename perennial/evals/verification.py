@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
-from tokenizers import Tokenizer
 
+from perennial.core import plugins
 from perennial.core.environment import tune_process
 from perennial.core.progress import Progress
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.evals import parity
+from perennial.model.config import ModelConfig
+from perennial.model.folder_config import read_config
 from perennial.model.storage import StoredTensors
 
 _EXAMPLES = 5
@@ -28,7 +31,8 @@ def verify(
 
     weights: tensors by their stored names and bytes. tokenizer: the ids of `text`, and whether they decode to it.
     logits: of both models on the first tokens of `text`, run by `transformers` where it is installed. native: for each
-    folder, native code against `transformers`. 'same' is whether all agree, logits within rounding.
+    folder, native code against `transformers` on the built-in text. 'same' is whether all agree: weights and ids
+    exactly, logits within rounding.
     """
     tune_process()
     folders = (first, second or first)
@@ -41,8 +45,8 @@ def verify(
         result["logits"] = _compare_logits(*folders, text) if second else None
         line.update(3)
         result["native"] = [parity.parity(folder) for folder in dict.fromkeys(folders)]
-    parts = [result["logits"], *result["native"]]
-    result["same"] = result["tokenizer"]["same"] and all(part["same"] for part in parts if part is not None)
+    parts = [result["weights"], result["tokenizer"], result["logits"], *result["native"]]
+    result["same"] = all(part["same"] for part in parts if part is not None)
     return result
 
 
@@ -58,14 +62,16 @@ def compare_weights(first: Path, second: Path) -> dict[str, Any]:
         a, b = one.read_unchecked(name), other.read_unchecked(name)
         if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             differing[name] = float((a.double() - b.double()).abs().max()) if a.shape == b.shape else None
+    unmatched = (set(one.names) ^ set(other.names)) - _derived(first, one.names) - _derived(second, other.names)
     sizes = {name: math.inf if size is None else size for name, size in differing.items()}
     worst = sorted(sizes, key=lambda name: -sizes[name])
     return {
+        "same": not differing and not unmatched,
         "identical": len(common) - len(differing),
         "different": len(differing),
-        "only_in_first": sorted(set(one.names) - set(other.names))[:_EXAMPLES],
-        "only_in_second": sorted(set(other.names) - set(one.names))[:_EXAMPLES],
-        "unmatched": len(set(one.names) ^ set(other.names)),
+        "only_in_first": sorted(unmatched & set(one.names))[:_EXAMPLES],
+        "only_in_second": sorted(unmatched & set(other.names))[:_EXAMPLES],
+        "unmatched": len(unmatched),
         "max_difference": max((size for size in sizes.values() if size < math.inf), default=0.0),
         "most_different": [
             {
@@ -79,10 +85,19 @@ def compare_weights(first: Path, second: Path) -> dict[str, Any]:
     }
 
 
+def _derived(folder: Path, names: Iterable[str]) -> set[str]:
+    """The tensors of a native model that follow from its configuration, as old folders store them."""
+    config = read_config(folder).config
+    if not isinstance(config, ModelConfig):
+        return set()
+    derived = plugins.load("families", config.family).derived
+    return {name for name in names if re.fullmatch(derived, name)}
+
+
 def compare_tokenizers(first: Path, second: Path, text: str) -> dict[str, Any]:
     """Whether both cut the text into the same ids, and whether each decodes its ids to the text again."""
     folders = [TokenizerFolder.open(folder) for folder in (first, second)]
-    tokenizers = [Tokenizer.from_str(orjson.dumps(folder.for_encoding()).decode()) for folder in folders]
+    tokenizers = [folder.encoder() for folder in folders]
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer in tokenizers]
     back = [tokenizer.decode(cut) == text for tokenizer, cut in zip(tokenizers, ids, strict=True)]
     return {

@@ -20,7 +20,11 @@ from perennial.core.lineage import Fact, Lineage, Origin, StageRecord
 CARD, GENERATION_CONFIG = "README.md", "generation_config.json"
 BEGIN, END = "<!-- perennial -->", "<!-- /perennial -->"
 
-_TERMS = re.compile(r"(licen[cs]e|notice|use[_-]policy|copying|copyright)([._ -].*)?", re.IGNORECASE)
+_TERMS = re.compile(
+    r"(licen[cs]e|notice|(acceptable[_-])?use[_-]policy|acceptable[_-]use|terms([_-]of[_-]use)?|copying|copyright)"
+    r"([._ -].*)?",
+    re.IGNORECASE,
+)
 """Names of files that state the terms under which a model may be used."""
 _FRONT_MATTER = re.compile(r"\A(---[ \t]*\r?\n)(.*?)(^---[ \t]*\r?$\n?)", re.DOTALL | re.MULTILINE)
 _SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)

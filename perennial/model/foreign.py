@@ -127,6 +127,15 @@ def check_rows(config: AnyConfig, sequence_length: int, name: str, advice: str =
         )
 
 
+def check_vocabulary(config: AnyConfig, vocabulary_size: int, tokens: str, model: str) -> None:
+    """Raises UserError when the model has no row for some of the ids that its tokenizer gives."""
+    if vocabulary_size > config.vocabulary_size:
+        raise UserError(
+            f"{model}: a vocabulary_size of {config.vocabulary_size} does not match the tokenizer of {tokens}, which "
+            f"has {vocabulary_size} ids; the model needs a row for each"
+        )
+
+
 def check_document_mask(config: AnyConfig, document_mask: bool, name: str = "document_mask") -> None:
     """Raises UserError when attention is to be held inside documents and the model cannot do that."""
     if document_mask and isinstance(config, TransformersConfig):

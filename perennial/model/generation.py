@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,10 +102,35 @@ def _check(
 
 
 def stop_ids(folder: Path) -> set[int]:
-    """The ids that end a text, as generation_config.json says, or else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        content = read_json(folder / name, "configuration") if (folder / name).is_file() else {}
-        found = content.get("eos_token_id") if isinstance(content, dict) else None
+    """The ids that end a text, as generation_config.json says, or else config.json. Raises UserError."""
+    for name in _CONFIGS:
+        found = _content(folder / name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
         if found is not None:
-            return set(found) if isinstance(found, list) else {int(found)}
+            if not all(isinstance(one, int) for one in ids):
+                raise UserError(f"{folder / name}: eos_token_id {found!r} must be an id or a list of ids")
+            return set(ids)
     return set()
+
+
+def settings_not_applied(folder: Path) -> dict[str, Any]:
+    """Settings of generation_config.json that change which tokens `transformers` takes and are not applied here."""
+    content = _content(folder / _CONFIGS[0])
+    return {key: content[key] for key, idle in _OTHER_SETTINGS.items() if content.get(key) not in (None, idle)}
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_json(path, "configuration") if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+_CONFIGS = ("generation_config.json", "config.json")
+_OTHER_SETTINGS: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id")),
+    **dict.fromkeys(("min_length", "min_new_tokens"), 0),
+}
+"""Setting, and the value with which it does nothing."""

@@ -7,6 +7,7 @@ loaded function differ from the stored one is ever ignored, and code that a fold
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,16 +58,33 @@ def _load_native(folder: Path, found: FolderConfig, device: torch.device, dtype:
     spelled = {family.spelled(name): name for name in files.names}
     wanted = {one.name: one for one in family.tensors(config)}
     head = _head_name(family, config)
-    _check_names(folder, wanted, spelled, family.derived, tied_head=head if config.tied_embeddings else None)
+    _check_names(folder, wanted, spelled, family.derived, head=head, is_tied=config.tied_embeddings)
     model = Transformer(config, device="meta", dtype=dtype)
     order = {name: place for place, name in enumerate(files.names)}
+    staging = _Staging()
     for name in sorted(wanted, key=lambda name: order[spelled[name]]):
-        for part, value in _parameters(files, spelled[name], wanted[name], model, device, dtype):
+        for part, value in _parameters(files, spelled[name], wanted[name], model, device, dtype, staging):
             _set_parameter(model, part, value)
-    if config.tied_embeddings and head in spelled:
+    kept = [*wanted, head] if config.tied_embeddings and head in spelled else list(wanted)
+    if len(kept) > len(wanted):
         _check_really_tied(files, spelled[head], model)
-    model.source = Source(found.entries, {name: files.dtype(spelled[name]) for name in wanted})
+    names = {name: spelled[name] for name in kept}
+    model.source = Source(found.entries, {name: files.dtype(stored) for name, stored in names.items()}, names)
     return model
+
+
+class _Staging:
+    """Memory for one stored tensor after another, taken once: what is freed between parameters stays as holes."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def tensor(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape; the one before it must not be used any more."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if len(self._buffer) < num_bytes:
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._buffer[:num_bytes].view(dtype).view(shape)
 
 
 def _head_name(family: Family, config: ModelConfig) -> str:
@@ -76,20 +94,26 @@ def _head_name(family: Family, config: ModelConfig) -> str:
 
 
 def _check_names(
-    folder: Path, expected: Iterable[str], stored: Iterable[str], derived: str, *, tied_head: str | None
+    folder: Path, expected: Iterable[str], stored: Iterable[str], derived: str, *, head: str, is_tied: bool
 ) -> None:
     missing = set(expected) - set(stored)
-    extra = {name for name in set(stored) - set(expected) if not re.fullmatch(derived, name)} - {tied_head}
+    extra = {name for name in set(stored) - set(expected) if not re.fullmatch(derived, name)}
+    extra -= {head} if is_tied else set()
     if missing:
-        is_head = len(missing) == 1 and next(iter(missing)) in ("lm_head.weight", "embed_out.weight")
-        hint = " Is tie_word_embeddings meant to be true?" if is_head else ""
+        hint = " Is tie_word_embeddings meant to be true?" if missing == {head} else ""
         raise UserError(f"{folder}: the weights lack {some(missing)}, which {CONFIG} asks for.{hint}")
     if extra:
-        raise UserError(f"{folder}: the weights have {some(map(str, extra))}, which {CONFIG} has no place for")
+        raise UserError(f"{folder}: the weights have {some(extra)}, which {CONFIG} has no place for")
 
 
 def _parameters(
-    files: StoredTensors, name: str, stored: Stored, model: Transformer, device: torch.device, dtype: torch.dtype
+    files: StoredTensors,
+    name: str,
+    stored: Stored,
+    model: Transformer,
+    device: torch.device,
+    dtype: torch.dtype,
+    staging: _Staging,
 ) -> Iterable[tuple[str, Tensor]]:
     """Our parameters that lie in one stored tensor, in memory of their own."""
     ours = [model.get_parameter(part) for part in stored.parts]
@@ -98,10 +122,16 @@ def _parameters(
         files.read_into(name, value)
         yield stored.parts[0], value
         return
-    tensor = files.read(name, shape=list(_joined(stored, ours, model.config.heads).shape))
+    tensor = staging.tensor(_joined(stored, ours, model.config.heads).shape, _kept_type(files.dtype(name)))
+    files.read_into(name, tensor)
     for part, like, value in zip(stored.parts, ours, _split(stored, tensor, ours, model.config.heads), strict=True):
         out = torch.empty(like.shape, dtype=dtype, device=device)
         yield part, out.copy_(value)
+
+
+def _kept_type(dtype: torch.dtype) -> torch.dtype:
+    """The type to read a stored tensor in: its own, if it is one of floats (others are refused when they are read)."""
+    return dtype if dtype.is_floating_point else torch.float32
 
 
 def _split(stored: Stored, tensor: Tensor, like: list[nn.Parameter], heads: int) -> list[Tensor]:
@@ -175,13 +205,17 @@ def _save_native(
     wanted = {stored.name: stored for stored in family.tensors(config)}
     shapes = Transformer(config, device="meta")
     parameters = dict(model.named_parameters())
-    found = model.source.dtypes if model.source else {}
+    source = model.source or Source()
+    head = _head_name(family, config)
+    if config.tied_embeddings and head in source.names:  # stored twice where it was found twice
+        wanted[head] = Stored(head, ("model.embed_tokens.weight",))
+    spelled = {source.names.get(name, name): stored for name, stored in wanted.items()}
     tensors = {
         name: (
             list(_joined(stored, [shapes.get_parameter(part) for part in stored.parts], heads).shape),
-            dtype or _narrower(found.get(name), parameters[stored.parts[0]].dtype),
+            dtype or _narrower(source.dtypes.get(stored.name), parameters[stored.parts[0]].dtype),
         )
-        for name, stored in wanted.items()
+        for name, stored in spelled.items()
     }
     entries = _entries(model, family, dtype, extra)
     write_json(folder / CONFIG, entries)
@@ -191,7 +225,7 @@ def _save_native(
         write_tensors(
             folder,
             tensors,
-            lambda name: _joined(wanted[name], [parameters[part] for part in wanted[name].parts], heads),
+            lambda name: _joined(spelled[name], [parameters[part] for part in spelled[name].parts], heads),
             max_shard_bytes=max_shard_bytes,
         )
 
@@ -218,7 +252,7 @@ def _entries(model: Transformer, family: Family, dtype: torch.dtype | None, extr
     found |= {key: value for key, value in written.items() if key not in before or value != before[key]}
     found |= _dtype_entries(dtype) if dtype else {}
     assert _config_of(family, found) == config, "config.json must say what the model is"
-    return {**extra, **found}
+    return {**found, **{key: value for key, value in extra.items() if key not in found}}
 
 
 def _dtype_entries(dtype: torch.dtype) -> dict[str, str]:

@@ -217,6 +217,8 @@ class Source:
     """All of its config.json."""
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     """The dtype of each stored tensor, by its usual name in the folder."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Usual name: the name that the folder has; first GPT-2 folders leave out a prefix."""
 
 
 class Transformer(nn.Module):

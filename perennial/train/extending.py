@@ -1,4 +1,4 @@
-"""A model with new tokens: tokenizer, tables and lineage of a new folder. The Python face of `perennial vocab extend`.
+"""A model with new tokens: tokenizer, tables and lineage of a new folder. The Python face of `vocab extend`.
 
 The folder is written under a temporary name and put in place when it is whole. With `train_rows` the new rows are
 trained first, everything else frozen, by the one loop: in OUT.work, which stays (it holds the prepared text, which the
@@ -37,7 +37,7 @@ from perennial.data.tokenizers.extend import (
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.model.card import read_companions, write_companions
 from perennial.model.folder_config import load_config
-from perennial.model.foreign import TransformersConfig
+from perennial.model.foreign import TransformersConfig, check_vocabulary
 from perennial.model.huggingface import save_model
 from perennial.model.inspection import weights_id
 from perennial.model.transformer import Transformer
@@ -54,7 +54,6 @@ from perennial.train.full_weights import save_full_weights
 from perennial.train.given_data import is_prepared, prepared
 from perennial.train.origin import lineage_of
 from perennial.train.recipe import ParentFacts, Recipe, parse_recipe
-from perennial.train.resolve import check_vocabulary
 from perennial.train.run import start
 
 OPERATION = "vocab extend"

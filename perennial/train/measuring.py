@@ -16,12 +16,12 @@ from perennial.data.corpus import Corpus
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.evals.loss import evaluate, transfer
 from perennial.evals.parity import checked_parity
-from perennial.model.foreign import check_document_mask, check_rows, row_limit
+from perennial.model.foreign import check_document_mask, check_rows, check_vocabulary, row_limit
 from perennial.model.huggingface import load_model
 from perennial.train.checkpoint import verify
 from perennial.train.origin import MAX_ROW_TOKENS
 from perennial.train.precision import autocast, native_precision
-from perennial.train.resolve import check_vocabulary, earlier_tokenizers
+from perennial.train.resolve import earlier_tokenizers
 from perennial.train.session import measure_with
 
 

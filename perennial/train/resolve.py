@@ -27,6 +27,7 @@ from perennial.model.foreign import (
     TransformersConfig,
     check_document_mask,
     check_rows,
+    check_vocabulary,
     flops_per_token,
     notes,
     num_parameters,
@@ -315,15 +316,6 @@ def _new_model(recipe: Recipe, corpora: dict[str, _Opened]) -> ModelConfig:
         config = found
     check_vocabulary(config, first.vocabulary_size, f"corpus '{first.name}' ({first.path})", "model.options")
     return config
-
-
-def check_vocabulary(config: AnyConfig, vocabulary_size: int, tokens: str, model: str) -> None:
-    """Raises UserError when the model has no row for some of the ids that its tokenizer gives."""
-    if vocabulary_size > config.vocabulary_size:
-        raise UserError(
-            f"{model}: a vocabulary_size of {config.vocabulary_size} does not match the tokenizer of {tokens}, which "
-            f"has {vocabulary_size} ids; the model needs a row for each"
-        )
 
 
 def _resolve_stage(

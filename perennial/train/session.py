@@ -163,8 +163,8 @@ class Session:
 
     def _open_tokenizer(self) -> TokenizerFolder:
         if self.ancestry is not None:
-            return TokenizerFolder.open(self.ancestry)
-        return TokenizerFolder.open(next(iter(self.corpora.values())).path / "tokenizer")
+            return TokenizerFolder.open(self.ancestry).held()  # that folder may be gone when the next one is written
+        return TokenizerFolder.open(next(iter(self.corpora.values())).path / "tokenizer").held()
 
     def _record_run(self) -> None:
         self.records.write(

@@ -46,9 +46,9 @@ def test_a_command_in_the_documents_parses(document: str, line: str) -> None:
     given = " ".join(arguments)
     if any(word.isupper() and word.isalpha() for word in arguments) and "--" not in given and command != "train":
         return  # a form such as `perennial show CHECKPOINT`, with the arguments left to the reader
-    parser_of(command).parse_intermixed_args(arguments) if command != "tokenizer" else parser_of(command).parse_args(
-        arguments
-    )
+    has_actions = command in ("tokenizer", "vocab")
+    parse = parser_of(command).parse_args if has_actions else parser_of(command).parse_intermixed_args
+    parse(arguments)
 
 
 def test_the_documents_hold_commands() -> None:

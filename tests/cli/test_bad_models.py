@@ -70,9 +70,13 @@ def cut_off(folder: Path) -> None:
 
 
 def larger_tokenizer(folder: Path) -> None:
+    spoil_tokenizer(folder, lambda content: content["model"]["vocab"].update(more=700))
+
+
+def spoil_tokenizer(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["model"]["vocab"]["more"] = 700
+    change(content)
     path.write_text(json.dumps(content))
 
 
@@ -118,6 +122,12 @@ BAD: dict[str, tuple[Spoil, list[str], list[str]]] = {
         [],
         ["quantization_config", "give the folder they were made from"],
     ),
+    "a tokenizer of an unknown kind": (
+        lambda f: spoil_tokenizer(f, lambda content: content["model"].update(type="Mystery")),
+        [],
+        ["tokenizer"],
+    ),
+    "sizes that others refuse": (lambda f: entries(f, hidden_size="64"), [], ["transformers cannot load this model"]),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), [], ["no tokenizer.json in it"]),
     "no configuration": (lambda f: (f / "config.json").write_text("{"), [], ["config.json"]),
 }
@@ -141,7 +151,16 @@ def test_a_model_that_cannot_be_continued(
         assert word in error
 
 
-@pytest.mark.parametrize("kind", ["no weights", "a shard missing", "an unknown architecture", "custom code"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no weights",
+        "a shard missing",
+        "an unknown architecture",
+        "custom code",
+        "a tokenizer larger than the embedding",
+    ],
+)
 @pytest.mark.parametrize("command", ["generate", "verify", "eval"])
 def test_nor_measured(kind: str, command: str, model: Path, workspace: Workspace, refused: Refused) -> None:  # noqa: F811
     spoil, _, words = BAD[kind]

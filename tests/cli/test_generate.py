@@ -45,6 +45,28 @@ def test_several_prompts_and_json(folder: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out) == first
 
 
+def test_what_a_folder_asks_for_and_is_not_done_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.1}))
+    assert main(["generate", str(folder), "--tokens", "3"]) == 0
+    assert "repetition_penalty 1.1, which is not applied here" in capsys.readouterr().err
+    path.write_text(json.dumps({"eos_token_id": "x"}))
+    assert main(["generate", str(folder), "--tokens", "3"]) == 2
+    assert "eos_token_id 'x' must be an id" in capsys.readouterr().err
+
+
+def test_the_end_of_text_may_stand_in_the_models_configuration_only(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in GPT-2's folder."""
+    before = TokenizerFolder.open(folder).separator_id
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    assert TokenizerFolder.open(folder).separator_id == before
+    assert main(["generate", str(folder), "--tokens", "3"]) == 0
+    capsys.readouterr()
+
+
 def test_without_a_prompt_a_document_begins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(folder), "--tokens", "5"]) == 0
     assert capsys.readouterr().out.strip()

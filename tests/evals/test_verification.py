@@ -78,6 +78,33 @@ def test_rounding_to_bf16_is_shown_as_a_difference_of_type(folder: Path) -> None
     assert not found["logits"]["same"]
 
 
+def test_a_weight_that_no_token_of_the_text_uses_is_still_a_difference(folder: Path) -> None:
+    used = set(parity.sample_ids(folder)[0].tolist())
+    unused = next(token for token in range(512) if token not in used)
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[unused] = 1000.0
+        return tensor
+
+    found = verify(folder, copy_of(folder, model__embed_tokens__weight=change), quiet=True)
+    assert found["logits"]["same"]
+    assert not found["weights"]["same"]
+    assert not found["same"]
+
+
+def test_a_window_is_compared_beyond_its_length_or_said_not_to_be(workspace: Workspace, tmp_path: Path) -> None:
+    for window, length in ((300, 332), (3000, 256)):
+        folder = tmp_path / str(window)
+        save_model(tiny_model(family="mistral", window=window, vocabulary_size=512, context=4096), folder)
+        TokenizerFolder.open(workspace.tokenizer).copy_to(folder)
+        found = parity.parity(folder)
+        assert found is not None
+        assert found["same"]
+        assert found["tokens"] == length
+        assert found["not_reached"] == ([] if length > window else [window])
+        assert ("beyond 3000 are not reached" in parity.in_words(found)) == (window == 3000)
+
+
 def test_a_longer_vocabulary_is_compared_on_what_both_have(folder: Path) -> None:
     model = load_model(folder)
     wider = Transformer(model.config.model_copy(update={"vocabulary_size": 520}))

@@ -203,6 +203,36 @@ def test_the_first_gpt2_folders_leave_out_a_prefix_and_store_masks(prefixed: boo
     inputs = torch.randint(0, 97, (2, CONTEXT))
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ours(inputs)), theirs(inputs).logits, atol=1e-5, rtol=0)
+    save_model(ours, tmp_path / "out")
+    back = tensors(tmp_path / "out")
+    assert stored.keys() - back.keys() == {"transformer.h.0.attn.bias" if prefixed else "h.0.attn.bias"}
+    assert back.keys() <= stored.keys()
+    assert all(torch.equal(back[name], stored[name]) for name in back)
+
+
+def test_a_tied_head_that_was_stored_is_stored_again(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    made_by_transformers("llama", {"tie_word_embeddings": True}).save_pretrained(tmp_path / "in")
+    stored = tensors(tmp_path / "in")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    save_model(load_model(tmp_path / "in"), tmp_path / "out")
+    assert tensors(tmp_path / "out").keys() == stored.keys()
+    assert torch.equal(tensors(tmp_path / "out")["lm_head.weight"], stored["lm_head.weight"])
+
+
+def test_an_original_context_beside_the_rotary_settings_counts(tmp_path: Path) -> None:
+    """transformers gives the entry outside of rope_parameters priority."""
+    rotary = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rotary |= {"original_max_position_embeddings": 32, "rope_theta": 500.0}
+    made_by_transformers("llama", {"rope_parameters": rotary}).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "original_max_position_embeddings": 16}))
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)
+    inputs = torch.randint(0, 97, (2, CONTEXT))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(inputs)), theirs(inputs).logits, atol=1e-5, rtol=0)
 
 
 def test_a_changed_vocabulary_changes_one_entry(tmp_path: Path) -> None:

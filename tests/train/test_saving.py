@@ -100,6 +100,32 @@ def test_a_run_goes_on_from_what_was_saved_behind_it(
     assert lineages[0] == lineages[1]
 
 
+def test_a_resumed_run_outlives_the_checkpoint_it_was_resumed_from(workspace: Workspace, tmp_path: Path) -> None:
+    """What the next checkpoints need of it was read at the start: it is pruned on the way."""
+    from perennial.train import loop
+
+    recipe = workspace.recipe(checkpoints={"every": "256 tokens", "keep": 1})
+    update, made = loop.make_update, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        if len(made) == 3:
+            raise OSError(5, "pulled the plug")
+        return update(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_update", interrupted)
+        with pytest.raises(OSError, match="plug"):
+            start(parse_recipe(recipe), tmp_path / "cut", base=Path(), quiet=True)
+    start(parse_recipe(recipe), tmp_path / "cut", base=Path(), quiet=True)
+    start(parse_recipe(recipe), tmp_path / "whole", base=Path(), quiet=True)
+    names = [
+        sorted(str(p.relative_to(tmp_path / run)) for p in (tmp_path / run).rglob("*")) for run in ("whole", "cut")
+    ]
+    assert names[0] == names[1]
+    assert (checkpoints_of(tmp_path / "cut")[-1] / "tokenizer.json").is_file()
+
+
 def test_a_copy_shares_no_memory_and_has_no_gradients() -> None:
     model = tiny_model()
     model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()

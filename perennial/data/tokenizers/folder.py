@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from perennial.core.errors import UserError
 from perennial.core.files import read_json
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
-_FILES = (
-    *(TOKENIZER, CONFIG, SPECIAL_TOKENS, "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
-    *("tokenizer.model", "chat_template.jinja", "chat_template.json"),
+_MODEL_CONFIGS = ("generation_config.json", "config.json")
+_FILES = re.compile(
+    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|spiece|sentencepiece|tekken|chat_template)"
+    r"[\w.-]*\.(json|jsonl|txt|jinja|model|model\.\w+|bpe|vocab)|additional_chat_templates/[^/]+\.jinja"
 )
+"""Files of a tokenizer, by their path in the folder; no code."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class TokenizerFolder:
     """Largest id + 1."""
     separator_id: int
     """The id that follows every document: the end-of-text token, else the begin-of-text token."""
+    contents: Mapping[str, bytes] | None = field(default=None, repr=False, compare=False)
+    """The files' bytes, when they are held in memory."""
 
     @classmethod
     def open(cls, path: Path | str) -> TokenizerFolder:
@@ -60,12 +68,34 @@ class TokenizerFolder:
             token["special"] = token["special"] or token["content"] in roles
         return content
 
+    def held(self) -> TokenizerFolder:
+        """The same with the files' bytes in memory, so that it outlives its folder."""
+        return replace(self, contents=_contents(self.path))
+
     def copy_to(self, folder: Path) -> None:
-        """Copies the tokenizer's files (nothing else that lies beside them) into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, folder / name)
+        """Writes the tokenizer's files (nothing else that lies beside them) into `folder`. Raises UserError."""
+        contents = _contents(self.path) if self.contents is None else self.contents
+        if TOKENIZER not in contents:
+            raise UserError(f"{self.path}: {TOKENIZER} is no longer there")
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+    def encoder(self) -> Tokenizer:
+        """The tokenizer as text is encoded with it here (`for_encoding`). Raises UserError when it cannot be built."""
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_str(orjson.dumps(self.for_encoding()).decode())
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{self.path / TOKENIZER}: not a tokenizer that can be used: {error}") from None
+
+
+def _contents(path: Path) -> dict[str, bytes]:
+    found = {file.relative_to(path).as_posix(): file for file in [*path.glob("*"), *path.glob("*/*.jinja")]}
+    return {
+        name: file.read_bytes() for name, file in sorted(found.items()) if _FILES.fullmatch(name) and file.is_file()
+    }
 
 
 def _read_tokenizer(path: Path) -> dict[str, Any]:
@@ -122,11 +152,27 @@ def _separator_id(path: Path, ids: dict[str, int]) -> int:
     roles = _roles(path)
     token = roles.get("eos_token", roles.get("bos_token"))
     if token is None:
+        stated = _id_in_model_configs(path)
+        if stated in ids.values():
+            return stated
         raise UserError(
-            f"{path}: neither eos_token nor bos_token is given in {CONFIG}; one is needed to end a document"
+            f"{path}: neither eos_token nor bos_token is given in {CONFIG}, nor an eos_token_id in config.json; one is "
+            "needed to end a document"
         )
     if token not in ids:
         raise UserError(
             f"{path}: {CONFIG} names {token!r} as the token that ends a document, but it is not in the vocabulary"
         )
     return ids[token]
+
+
+def _id_in_model_configs(path: Path) -> int:
+    """The end-of-text id that the model's configuration states (GPT-2's folder has it nowhere else), or -1."""
+    for name in _MODEL_CONFIGS:
+        content = read_json(path / name, "configuration") if (path / name).is_file() else {}
+        for key in ("eos_token_id", "bos_token_id") if isinstance(content, dict) else ():
+            found = content.get(key)
+            found = found[0] if isinstance(found, list) and found else found
+            if isinstance(found, int):
+                return found
+    return -1

@@ -264,6 +264,8 @@ def rotary(entries: Entries, context: Any, *, theta_key: str = "rope_theta", sha
         return plain
     known = {*_COMMON_ROTARY, *_KINDS[kind].values(), *(("mscale", "mscale_all_dim") if kind == "yarn" else ())}
     entries.problems += [f"{where}.{key}" for key in sorted(map(str, found.keys() - known))]
+    if (outside := entries.get("original_max_position_embeddings")) is not None:
+        found = {**found, "original_max_position_embeddings": outside}  # which transformers gives priority
     return plain if kind == "default" else {**plain, **_scaling(kind, found, context)}
 
 
