@@ -7,8 +7,8 @@ dtype (fp32, or bf16 autocast over fp32 weights) and update with torch's fused A
 `transformers` is used as its documentation shows: the loss is its own (labels given to the model) and torch is as it
 starts up. Native code goes through the next-token objective, with the process tuned as every command of Perennial does.
 Every measurement is a process of its own and the contenders take turns. Tokens per second is the median over updates
-after the first three; memory is the largest resident set less what the process held before the model was loaded, all
-imports done. The last column is the difference of the two losses after the last update.
+after the first three; memory is the peak of the resident set (VmHWM) less what the process held before the model was
+loaded, all imports done. The last column is the difference of the two losses after the last update.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,10 +37,15 @@ MODELS: dict[str, dict[str, Any]] = {
 CONTENDERS = ("native", "transformers")
 
 
-def resident_bytes() -> int:
-    """Resident bytes of this process, now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident_bytes(kind: str) -> int:
+    """Resident bytes of this process: 'VmRSS' now, 'VmHWM' at the fullest moment since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+def forget_peak() -> None:
+    """Starts the measurement of the peak anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def make_folder(name: str, folder: Path) -> None:
@@ -70,7 +74,8 @@ def measure(contender: str, folder: Path, dtype: str, updates: int) -> dict[str,
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     rows = torch.randint(vocabulary, (ROWS, LENGTH + 1))
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    before = resident_bytes()
+    before = resident_bytes("VmRSS")
+    forget_peak()
     if contender == "native":
         tune_process()  # as every command of Perennial does; a script with transformers does not
         model: Any = load_model(folder).train()
@@ -87,7 +92,7 @@ def measure(contender: str, folder: Path, dtype: str, updates: int) -> dict[str,
             return found
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    times, memory, value = [], 0, torch.zeros(())
+    times, value = [], torch.zeros(())
     for _ in range(updates):
         begun = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
@@ -95,11 +100,10 @@ def measure(contender: str, folder: Path, dtype: str, updates: int) -> dict[str,
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        memory = max(memory, resident_bytes())
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - begun)
     speed = ROWS * LENGTH / statistics.median(times[3:])
-    return {"tokens_per_second": speed, "memory": memory - before, "loss": float(value.detach())}
+    return {"tokens_per_second": speed, "memory": resident_bytes("VmHWM") - before, "loss": float(value.detach())}
 
 
 def main() -> None:

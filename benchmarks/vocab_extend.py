@@ -235,7 +235,10 @@ def keep_records(work: Path, records: Path, seed: int) -> None:
         with gzip.GzipFile(target / "events.jsonl.gz", "wb", mtime=0) as packed:
             packed.write(nameless((source / "events.jsonl").read_text(encoding="utf-8"), work).encode())
     for init in INITS:
-        text = (work / f"seed{seed}" / f"extended-{init}.json").read_text(encoding="utf-8")
+        result = json.loads((work / f"seed{seed}" / f"extended-{init}.json").read_text(encoding="utf-8"))
+        if (seed, init) != (0, "mean"):
+            del result["tokens"]  # the same in all
+        text = json.dumps(result, indent=1) + "\n"
         (records / f"seed{seed}" / f"extended-{init}.json").write_text(nameless(text, work), encoding="utf-8")
 
 
