@@ -16,8 +16,9 @@ import yaml
 
 from perennial.core.amounts import human
 from perennial.core.lineage import Fact, Lineage, Origin, StageRecord
+from perennial.model.folder_config import GENERATION_CONFIG
 
-CARD, GENERATION_CONFIG = "README.md", "generation_config.json"
+CARD = "README.md"
 BEGIN, END = "<!-- perennial -->", "<!-- /perennial -->"
 
 _TERMS = re.compile(

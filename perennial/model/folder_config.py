@@ -15,7 +15,7 @@ from perennial.model.config import ModelConfig
 from perennial.model.families.base import Entries, Family
 from perennial.model.foreign import AnyConfig
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from perennial.core.errors import UserError
 from perennial.core.files import read_json
 from perennial.core.seeds import derive
 from perennial.model.cache import KeyValueCache
+from perennial.model.folder_config import CONFIG, GENERATION_CONFIG
 from perennial.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _content(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-_CONFIGS = ("generation_config.json", "config.json")
+_CONFIGS = (GENERATION_CONFIG, CONFIG)
 _OTHER_SETTINGS: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,

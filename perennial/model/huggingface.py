@@ -21,14 +21,12 @@ from perennial.core.errors import UserError
 from perennial.core.files import explain, write_json
 from perennial.model.config import ModelConfig
 from perennial.model.families.base import Entries, Family, Stored
-from perennial.model.folder_config import CONFIG, FolderConfig, read_config
+from perennial.model.folder_config import CONFIG, GENERATION_CONFIG, FolderConfig, read_config
 from perennial.model.storage import StoredTensors, some, write_tensors
 from perennial.model.transformer import Source, Transformer
 
 if TYPE_CHECKING:
     from perennial.model.through_transformers import TransformersModel
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 # Reading

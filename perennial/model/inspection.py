@@ -23,7 +23,7 @@ INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorHeader:
     """A tensor as its file's header describes it."""
 
     shape: tuple[int, ...]
@@ -64,7 +64,7 @@ def _shard(folder: Path, file: str, index: str) -> Path:
     return folder / file
 
 
-def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
+def stored_tensors(files: Iterable[Path]) -> dict[str, TensorHeader]:
     """Name -> shape and type of the tensors in safetensors files; pickles (.bin) would have to be run, and give none.
 
     Raises UserError for a file that is no whole safetensors file.
@@ -77,13 +77,13 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
             with safe_open(path, framework="numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                     header = tensors.get_slice(name)
-                    found[name] = Stored(tuple(header.get_shape()), header.get_dtype())
+                    found[name] = TensorHeader(tuple(header.get_shape()), header.get_dtype())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a whole safetensors file: {error}") from None
     return found
 
 
-def values_by_dtype(tensors: Mapping[str, Stored]) -> dict[str, int]:
+def values_by_dtype(tensors: Mapping[str, TensorHeader]) -> dict[str, int]:
     """Number of stored values of each type, the most frequent first."""
     counts: Counter[str] = Counter()
     for tensor in tensors.values():

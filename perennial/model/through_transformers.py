@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from perennial.core.errors import UserError, nearest
 from perennial.core.files import read_json, write_json
+from perennial.model.folder_config import GENERATION_CONFIG
 from perennial.model.foreign import TransformersConfig, check_document_mask, check_rows
 from perennial.model.inspection import raw_config
 from perennial.model.storage import StoredTensors, some, write_tensors
 from perennial.model.transformer import Source, Transformer
 
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "context_length")
 _EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")

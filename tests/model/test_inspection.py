@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from perennial.core.errors import UserError
-from perennial.model.inspection import Stored, raw_config, stored_tensors, values_by_dtype, weight_files
+from perennial.model.inspection import TensorHeader, raw_config, stored_tensors, values_by_dtype, weight_files
 
 
 def sharded(folder: Path) -> None:
@@ -29,7 +29,7 @@ def test_tensors_of_a_sharded_folder(tmp_path: Path) -> None:
     files = weight_files(tmp_path)
     assert [path.name for path in files] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     tensors = stored_tensors(files)
-    assert tensors == {"a": Stored((2, 3), "F32"), "b": Stored((4,), "F16")}
+    assert tensors == {"a": TensorHeader((2, 3), "F32"), "b": TensorHeader((4,), "F16")}
     assert values_by_dtype(tensors) == {"F32": 6, "F16": 4}
 
 
@@ -69,5 +69,5 @@ def test_headers_are_read_without_torch(tmp_path: Path) -> None:
         "print(stored_tensors(weight_files(pathlib.Path(sys.argv[1]))), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "Stored(shape=(2,), dtype='F32')" in done.stdout
+    assert "TensorHeader(shape=(2,), dtype='F32')" in done.stdout
     assert done.stdout.split()[-1] == "False"
