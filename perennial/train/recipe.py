@@ -96,6 +96,24 @@ class SpikeSettings(Settings):
     max_rollbacks: int = Field(default=3, ge=1)
 
 
+class ParallelSettings(Settings):
+    """How the model is spread over processes: decides speed and memory, not what is computed."""
+
+    shard: Literal["auto", "none", "full", "hybrid"] = "auto"
+    """'none': every process holds the model (DDP); 'full': each holds a part (FSDP2); 'hybrid': the processes of each
+    group of `shard_size` share one copy (HSDP); 'auto': by the size of the model and the memory of a device."""
+    shard_size: int | None = Field(default=None, ge=2)
+    """Processes that share one copy under 'hybrid'; None: those of one machine."""
+    tensor: int = Field(default=1, ge=1)
+    """Processes that divide each large matrix between them (tensor parallelism) and read the same rows."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParallelSettings:
+        if self.shard_size is not None and self.shard != "hybrid":
+            raise ValueError(f"shard_size {self.shard_size} belongs to shard: hybrid, not to {self.shard}")
+        return self
+
+
 class ModelSettings(Settings):
     """A new model: a preset, or every dimension by itself (then without `preset`)."""
 
@@ -199,6 +217,10 @@ class Recipe(Settings):
     """True: attention never crosses a document's border."""
     compile: bool = False
     """Compile the model with torch.compile; pays off only in runs of tens of minutes."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: 'selective' all but the products of matrices and
+    attention, 'full' all but the input of each layer; less memory for more time."""
+    parallel: ParallelSettings = ParallelSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     spikes: SpikeSettings = SpikeSettings()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from perennial.core import lineage as lineages
 from perennial.core import plugins
@@ -38,6 +38,7 @@ from perennial.train.recipe import (
     REPLAY,
     STAND_INS,
     BatchSettings,
+    ParallelSettings,
     ParentFacts,
     Recipe,
     SpikeSettings,
@@ -91,6 +92,8 @@ class Resolved(Settings):
     clip: float | None
     document_mask: bool
     compile: bool
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    parallel: ParallelSettings = ParallelSettings()
     evaluation_every_tokens: int | None
     evaluation_tokens: int | None
     checkpoint_every_tokens: int | None
@@ -157,6 +160,8 @@ def resolve(
         "clip": recipe.clip,
         "document_mask": recipe.document_mask,
         "compile": recipe.compile,
+        "activation_checkpointing": recipe.activation_checkpointing,
+        "parallel": recipe.parallel.model_dump(mode="json"),
         "evaluation_every_tokens": _span_tokens(recipe.evaluation.every, total),
         "evaluation_tokens": None if recipe.evaluation.tokens.unit == "share" else int(recipe.evaluation.tokens.value),
         "checkpoint_every_tokens": _span_tokens(recipe.checkpoints.every, total),
@@ -171,6 +176,7 @@ def resolve(
 def recipe_hash(resolved: Resolved) -> str:
     """What names a resolved recipe: the hash of everything in it but where things lie."""
     left_out: dict[str, Any] = {"recipe_hash": True, "origin": True}  # as before there were origins
+    left_out |= {"activation_checkpointing": True, "parallel": True}  # how it is computed, not what
     if resolved.origin:
         left_out["origin"] = {"parity"}  # a measurement, which no two machines need have alike
     data = resolved.model_dump(mode="json", exclude=left_out)
