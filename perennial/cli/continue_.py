@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from perennial.cli._launch import add_launch, launch_settings
+
 HELP = "continue a model on new data, with the recipe derived from its lineage"
 
 
@@ -57,6 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation", default="1%", metavar="SHARE", help="share of raw documents kept for validation"
     )
+    add_launch(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="derive and print the recipe and what it would do, then stop"
     )
@@ -73,13 +76,15 @@ def run(args: argparse.Namespace) -> int:
     import yaml
 
     from perennial.cli._names import named_paths
-    from perennial.train.continuing import continue_run
+    from perennial.train import continuing, launch
     from perennial.train.origin import stated_facts
     from perennial.train.resolve import describe
+    from perennial.train.workers import rank
 
+    launched = launch_settings(args)
     replay = args.replay or []
     shares = [r for r in replay if "=" not in r]
-    result = continue_run(
+    result = (launch if launched else continuing).continue_run(
         Path(args.checkpoint),
         named_paths("--data", args.data),
         budget=args.tokens,
@@ -98,18 +103,17 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         facts=stated_facts(args.parent),
         settings=args.set,
+        **launched,
     )
     if args.dry_run:
         resolved = result.pop("resolved")
         if args.json:
             print(json.dumps({**result, "resolved": resolved.model_dump(mode="json")}, indent=2))
         else:
-            print(
-                "".join(f"# {reason}\n" for reason in result["reasons"])
-                + yaml.safe_dump(result["recipe"], sort_keys=False)
-            )
+            reasons = "".join(f"# {reason}\n" for reason in result["reasons"])
+            print(reasons + yaml.safe_dump(result["recipe"], sort_keys=False))
             print(describe(resolved))
         return 0
-    if args.json:
+    if args.json and rank() == 0:
         print(json.dumps(result, indent=2))
     return 0 if result["result"]["complete"] else 130

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from perennial.cli._launch import add_processes, examine_together, is_one_of_many
+
 HELP = "look at this machine: speed, memory, packages, and what to mend"
 
 _OPTIONAL = ("fastokens", "transformers", "tensorboard")
@@ -13,6 +15,12 @@ _OPTIONAL = ("fastokens", "transformers", "tensorboard")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
+    add_processes(parser)
+    parser.add_argument(
+        "--folder",
+        metavar="PATH",
+        help="with --processes or under torchrun: the folder that all machines should share (default: this one)",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -20,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints what was found, then every advice."""
     import json
 
+    if args.processes is not None or args.folder is not None or is_one_of_many():
+        return examine_together(args.processes, args.folder, as_json=args.json)
     facts = examine()
     print(json.dumps(facts, indent=2) if args.json else _text(facts))
     return 0

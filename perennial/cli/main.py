@@ -75,25 +75,30 @@ def main(arguments: list[str] | None = None) -> int:
 def _guarded(arguments: list[str]) -> int:
     """Runs a command line; every error that is foreseen becomes a message and an exit code."""
     try:
-        return _run(arguments)
+        return execute(arguments)
     except SystemExit as done:  # argparse: help was printed, or an error
         return done.code if isinstance(done.code, int) else 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a file or the disk, not a bug; where it matters the message was made by hand
-        if error.filename is None or error.strerror is None:
+    except BaseException as error:
+        found = foreseen(error)
+        if found is None:
             raise
-        print(f"error: {_in_words(error)}", file=sys.stderr)
-        return 2
-    except TrainingStopped as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped", file=sys.stderr)
-        return 130
+        print(found[1], file=sys.stderr)
+        return found[0]
+
+
+def foreseen(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and message of an error that is foreseen; None for one that is not, which is a bug."""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return 2, f"error: {_in_words(error)}"  # a file or the disk, not a bug; where it matters it was made by hand
+    if isinstance(error, TrainingStopped):
+        return 1, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, str(error) or "stopped"
+    return None
 
 
 def _in_words(error: OSError) -> str:
@@ -103,7 +108,8 @@ def _in_words(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {error.strerror}" if explained is error else str(explained)
 
 
-def _run(arguments: list[str]) -> int:
+def execute(arguments: list[str]) -> int:
+    """Runs a command line and returns its exit code; errors are left to the caller."""
     known = commands()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Bad input. The message names the setting or file, the value, what is allowed and the nearest spelling."""
 
 
+class Unreadable(UserError):
+    """A file cannot be read now, or is shorter than it was; it may come back by itself."""
+
+
 class TrainingStopped(RuntimeError):
     """Training could not go on (a non-finite loss, say); nothing of the failed step was applied. Exit code 1."""
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from perennial.core.errors import UserError
+from perennial.core.errors import Unreadable, UserError
 
 MANIFEST = "manifest.json"
 
@@ -60,12 +60,14 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path, what: str = "file") -> Any:
-    """The JSON in a file. Raises UserError that names `what` is missing or broken."""
+    """The JSON in a file. Raises UserError that names `what` is missing or broken, Unreadable when that may pass."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such {what}") from None
-    except (OSError, ValueError) as error:
+        raise Unreadable(f"{path}: no such {what}") from None
+    except OSError as error:
+        raise Unreadable(f"{path}: not a readable {what}: {error}") from None
+    except ValueError as error:
         raise UserError(f"{path}: not a readable {what}: {error}") from None
 
 
@@ -81,7 +83,10 @@ def write_manifest(folder: Path, facts: dict[str, Any] | None = None, at: str = 
 
 
 def verify_manifest(folder: Path, at: str = MANIFEST, what: str = "folder", checksums: bool = True) -> dict[str, Any]:
-    """Reads a manifest and checks every file it lists. Raises UserError naming the first missing or changed one."""
+    """Reads a manifest and checks every file it lists. Raises UserError naming the first missing or changed one.
+
+    That of a file which is missing or shorter than it was is Unreadable.
+    """
     manifest: dict[str, Any] = read_json(folder / at, f"{what} manifest")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{folder / at}: not a {what} manifest: it lists no files")
@@ -89,11 +94,12 @@ def verify_manifest(folder: Path, at: str = MANIFEST, what: str = "folder", chec
     for name, facts in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{folder}: the {what} is incomplete: {name} is missing. {advice}")
+            raise Unreadable(f"{folder}: the {what} is incomplete: {name} is missing. {advice}")
         size = path.stat().st_size
         if size != facts["bytes"]:
             written = f"has {size} bytes, {facts['bytes']} were written"
-            raise UserError(f"{folder}: the {what} is damaged: {name} {written}. {advice}")
+            kind = Unreadable if size < facts["bytes"] else UserError
+            raise kind(f"{folder}: the {what} is damaged: {name} {written}. {advice}")
         if checksums and sha256(path) != facts["sha256"]:
             changed = "was changed after it was written (sha256 differs)"
             raise UserError(f"{folder}: the {what} is damaged: {name} {changed}. {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -66,10 +67,11 @@ class Progress:
         """Says something that stays: a line of its own above the progress line."""
         if self._quiet:
             return
-        if self._is_drawn:
-            self._stream.write("\r\x1b[2K")
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # a log on a full disk is no reason to stop
+            if self._is_drawn:
+                self._stream.write("\r\x1b[2K")
+            self._stream.write(text + "\n")
+            self._stream.flush()
         self._is_drawn, self._latest = False, ""
 
     def close(self) -> None:
@@ -110,10 +112,11 @@ class Progress:
         return ", ".join(parts)
 
     def _show(self, line: str) -> None:
-        if self._is_terminal:
-            width = shutil.get_terminal_size().columns - 1
-            self._stream.write("\r\x1b[2K" + line[:width])
-            self._is_drawn = True
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # as for notes
+            if self._is_terminal:
+                width = shutil.get_terminal_size().columns - 1
+                self._stream.write("\r\x1b[2K" + line[:width])
+                self._is_drawn = True
+            else:
+                self._stream.write(line + "\n")
+            self._stream.flush()

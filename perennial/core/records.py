@@ -7,41 +7,80 @@ repeated stretch supersedes, so that readers see each position once. `restart` s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from perennial.core.errors import UserError
+from perennial.core.files import explain
 
 
 class Recorder:
-    """Appends events to a file; a line torn by a kill is cut off when the file is opened again."""
+    """Appends events to a file; a line torn by a kill is cut off when the file is opened again.
+
+    On a full disk events wait in memory, in their order, and go to the file with the next one that finds room; the
+    file never holds a part of a line before a whole one.
+    """
 
     def __init__(self, path: Path | None, *, now: Callable[[], float] = time.time) -> None:
         self._now = now
-        self._file = None
+        self._path = path
+        self._file: FileIO | None = None
+        self._waiting: list[bytes] = []
+        self._lock = threading.Lock()  # the watchdog writes from a thread of its own
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(path)
-            self._file = open(path, "a", encoding="utf-8")
+            self._file = FileIO(path, "a")
 
     def write(self, event: str, **fields: Any) -> None:
         """Appends one event; it reaches the operating system at once. NaN and infinity are written as texts."""
         if self._file is not None:
             line = json.dumps({"event": event, **_finite(fields), "time": round(self._now(), 3)}, allow_nan=False)
-            self._file.write(line + "\n")
-            self._file.flush()
+            with self._lock:
+                self._waiting.append(line.encode() + b"\n")
+                with contextlib.suppress(NoRoom):
+                    self._write_waiting()
+
+    def settle(self) -> None:
+        """Writes what still waits for room. Raises NoRoom when there is none."""
+        with self._lock:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        while self._waiting and self._file is not None:
+            end = self._file.seek(0, os.SEEK_END)
+            data = memoryview(self._waiting[0])
+            try:
+                while data:  # a write may take only a part, for one when the disk is about to be full
+                    data = data[self._file.write(data) :]
+            except OSError as error:
+                self._file.truncate(end)
+                explained = explain(error, self._path or Path())
+                if isinstance(explained, UserError):
+                    raise NoRoom(str(explained)) from error
+                raise
+            del self._waiting[0]
 
     def close(self) -> None:
-        """Makes everything durable and closes the file."""
+        """Makes everything durable and closes the file. Raises NoRoom when events found no room to the end."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+            try:
+                self.settle()
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
+                self._file = None
+
+
+class NoRoom(UserError):
+    """Events could not be written yet: the disk is full, or a limit on files is reached."""
 
 
 def _finite(value: Any) -> Any:

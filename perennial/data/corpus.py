@@ -11,11 +11,13 @@ Layout (written by `perennial prepare`):
     CORPUS/tokenizer/                 the tokenizer's files
 
 A split is read as one stream across its shards; no document lies in two of them. Maps are opened when first needed and
-are never pickled, so that a corpus can be sent to another process for the price of its manifest.
+are never pickled, so that a corpus can be sent to another process for the price of its manifest. Before a batch is read
+the sizes of its shards are looked up: to touch a map beyond the end of its file would end the process.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ import numpy as np
 import orjson
 from numpy.typing import ArrayLike, NDArray
 
-from perennial.core.errors import UserError
+from perennial.core.errors import Unreadable, UserError
 from perennial.core.files import MANIFEST, read_json, verify_manifest
+from perennial.core.patience import Patience, may_come_back
 from perennial.data.packing import pack
 
 FORMAT = 1
@@ -37,8 +40,19 @@ _TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".tx
 class Split:
     """The training or the validation documents of a corpus: one stream of tokens over its shards."""
 
-    def __init__(self, corpus: Path, facts: dict[str, Any], *, dtype: np.dtype[Any], separator_id: int) -> None:
-        """`facts`: documents, tokens, bytes and shards ('train/00000', ...) from the manifest. Raises UserError."""
+    def __init__(
+        self,
+        corpus: Path,
+        facts: dict[str, Any],
+        *,
+        dtype: np.dtype[Any],
+        separator_id: int,
+        patience: Patience | None = None,
+    ) -> None:
+        """`facts`: documents, tokens, bytes and shards ('train/00000', ...) from the manifest. Raises UserError.
+
+        patience: for shards that cannot be read for a while; by default none.
+        """
         self.num_tokens: int = facts["tokens"]
         self.num_documents: int = facts["documents"]
         self.num_bytes: int = facts["bytes"]
@@ -46,9 +60,11 @@ class Split:
         self.path = corpus
         self._shards: list[str] = list(facts["shards"])
         self._dtype = dtype
+        self._patience = patience or Patience(0.0)
         sizes = [(corpus / f"{shard}.ds").stat().st_size // dtype.itemsize for shard in self._shards]
         self._starts = np.cumsum([0, *sizes], dtype=np.int64)
         self._maps: list[NDArray[Any]] | None = None
+        self._mapped: list[tuple[int, int]] = []
         if self._starts[-1] != self.num_tokens:
             raise UserError(f"{corpus}: its shards hold {self._starts[-1]} tokens, the manifest says {self.num_tokens}")
 
@@ -62,6 +78,7 @@ class Split:
     def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
         """The stored tokens from `start` to `stop` (exclusive), across shard borders."""
         assert 0 <= start <= stop <= self.num_tokens, f"tokens {start} to {stop} of {self.num_tokens}"
+        self._wait_until_whole(np.array([start]), np.array([stop]))
         result = np.empty(stop - start, np.int64)
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         position = start
@@ -97,6 +114,7 @@ class Split:
         """
         shards = np.searchsorted(self._starts, starts, side="right") - 1
         local = starts - self._starts[shards]
+        self._wait_until_whole(starts, starts + lengths)
         arrays = self._arrays()
         parts = (starts, lengths, places, shards, local)
         for start, length, place, shard, first in zip(*(part.tolist() for part in parts), strict=True):
@@ -108,6 +126,31 @@ class Split:
                 targets[place:end] = self.tokens(start, start + length)
                 inputs[place + 1 : end] = targets[place : end - 1]
                 inputs[place] = self.tokens(start - 1, start)[0] if start else self.separator_id
+
+    def _wait_until_whole(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
+        """Returns when the shards of these stretches can be read in full; raises Unreadable when patience ends."""
+        first = np.searchsorted(self._starts, np.maximum(starts - 1, 0), side="right") - 1
+        last = np.searchsorted(self._starts, np.maximum(stops - 1, 0), side="right") - 1
+        shards = {shard for a, b in zip(first.tolist(), last.tolist(), strict=True) for shard in range(a, b + 1)}
+        self._patience.attempt(lambda: self._expect_whole(shards), passes=may_come_back)
+
+    def _expect_whole(self, shards: set[int]) -> None:
+        """Raises Unreadable when one is not there in full; one that was put back as another file is mapped anew."""
+        self._arrays()
+        for shard in shards:
+            if self._identity(self._path(shard).stat(), shard) != self._mapped[shard]:
+                self._maps = None
+                self._arrays()
+
+    def _identity(self, found: os.stat_result, shard: int) -> tuple[int, int]:
+        """What tells a shard's file from another of the same name. Raises Unreadable when its length is wrong."""
+        size = int(self._starts[shard + 1] - self._starts[shard]) * self._dtype.itemsize
+        if found.st_size != size:
+            raise Unreadable(f"{self._path(shard)}: the shard has {found.st_size} bytes, it should have {size}")
+        return found.st_dev, found.st_ino
+
+    def _path(self, shard: int) -> Path:
+        return self.path / f"{self._shards[shard]}.ds"
 
     def document_ends(self) -> NDArray[np.uint64]:
         """Where each document ends in the stream (exclusive, its separator included)."""
@@ -129,7 +172,8 @@ class Split:
                     yield orjson.loads(line)
 
     def _numbers(self, name: str) -> NDArray[np.uint64]:
-        return np.fromfile(self.path / name, _COUNT).astype(np.uint64, copy=False)
+        numbers = self._patience.attempt(lambda: np.fromfile(self.path / name, _COUNT), passes=may_come_back)
+        return numbers.astype(np.uint64, copy=False)
 
     def _one_per_document(self, parts: list[NDArray[np.uint64]], what: str) -> NDArray[np.uint64]:
         numbers = np.concatenate([np.empty(0, np.uint64), *parts])
@@ -140,20 +184,23 @@ class Split:
     def _arrays(self) -> list[NDArray[Any]]:
         """The shards' tokens as plain arrays over memory maps (slices of np.memmap itself cost ten times as much)."""
         if self._maps is None:
-            sizes = np.diff(self._starts).tolist()
-            self._maps = [
-                np.asarray(np.memmap(self.path / f"{shard}.ds", self._dtype, mode="r"))
-                if size
-                else np.empty(0, self._dtype)
-                for shard, size in zip(self._shards, sizes, strict=True)
-            ]
+            opened = [self._map(shard) for shard in range(len(self._shards))]
+            self._mapped = [identity for _, identity in opened]
+            self._maps = [array for array, _ in opened]
         return self._maps
+
+    def _map(self, shard: int) -> tuple[NDArray[Any], tuple[int, int]]:
+        with open(self._path(shard), "rb") as file:
+            found = os.fstat(file.fileno())
+            identity = self._identity(found, shard)
+            tokens = np.memmap(file, self._dtype, mode="r") if found.st_size else np.empty(0, self._dtype)
+            return np.asarray(tokens), identity
 
 
 class Corpus:
     """A prepared corpus, opened for reading."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], *, patience: Patience | None = None) -> None:
         self.path = path
         self.manifest = manifest
         self.name: str = manifest["name"]
@@ -162,12 +209,16 @@ class Corpus:
         self.vocabulary_size: int = manifest["tokenizer"]["vocabulary_size"]
         self.separator_id: int = manifest["tokenizer"]["separator_id"]
         dtype, splits = _DTYPES[manifest["dtype"]], manifest["splits"]
-        self.train = Split(path, splits["train"], dtype=dtype, separator_id=self.separator_id)
-        self.validation = Split(path, splits["validation"], dtype=dtype, separator_id=self.separator_id)
+        reading: dict[str, Any] = {"dtype": dtype, "separator_id": self.separator_id, "patience": patience}
+        self.train = Split(path, splits["train"], **reading)
+        self.validation = Split(path, splits["validation"], **reading)
 
     @classmethod
-    def open(cls, path: Path | str, *, checksums: bool = False) -> Corpus:
-        """Opens the folder and checks the size (on request the sha256) of every file. Raises UserError."""
+    def open(cls, path: Path | str, *, checksums: bool = False, patience: Patience | None = None) -> Corpus:
+        """Opens the folder and checks the size (on request the sha256) of every file. Raises UserError.
+
+        patience: for shards that cannot be read for a while later on; by default none.
+        """
         path = Path(path)
         _expect_manifest(path)
         manifest = read_json(path / MANIFEST, "corpus manifest")
@@ -180,7 +231,7 @@ class Corpus:
             )
         verify_manifest(path, what="prepared corpus", checksums=checksums)
         try:
-            return cls(path, manifest)
+            return cls(path, manifest, patience=patience)
         except (KeyError, TypeError, FileNotFoundError) as error:
             what = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: its {MANIFEST} is broken ({what}); prepare the text again") from None
@@ -198,7 +249,8 @@ def _expect_manifest(path: Path) -> None:
     if path.is_file() and path.name.endswith(_TEXT_SUFFIXES):
         raise UserError(f"{path}: this is raw text, not a prepared corpus: run `perennial prepare` on it first")
     if not path.is_dir():
-        raise UserError(f"{path}: {'not a' if path.exists() else 'no such'} prepared corpus folder")
+        kind = UserError if path.exists() else Unreadable
+        raise kind(f"{path}: {'not a' if path.exists() else 'no such'} prepared corpus folder")
     for name, what in (("resolved.json", "a run"), ("config.json", "a model"), ("tokenizer.json", "a tokenizer")):
         if (path / name).is_file():
             raise UserError(f"{path}: this folder is {what} ({name}), not a prepared corpus")
@@ -207,7 +259,7 @@ def _expect_manifest(path: Path) -> None:
         raise UserError(
             f"{path}: this folder holds raw text ({text}), not a prepared corpus: run `perennial prepare` on it first"
         )
-    raise UserError(f"{path}: not a prepared corpus: it has no {MANIFEST}")
+    raise Unreadable(f"{path}: not a prepared corpus: it has no {MANIFEST}")  # a file system may not be mounted yet
 
 
 def evaluation_rows(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from perennial.data.corpus import Corpus, evaluation_rows
+from perennial.data.packing import IGNORED
 
 
 def evaluate(
@@ -43,10 +44,11 @@ def evaluate(
             inputs, targets, num_bytes = evaluation_rows(corpus.validation, sequence_length, max_tokens)
             rows = max(1, batch_tokens // sequence_length)
             nats, count = 0.0, 0.0
-            for index, start in enumerate(range(0, len(inputs), rows)):
-                if index % world_size != rank:
-                    continue
+            for first in range(0, len(inputs), rows * world_size):
+                start = first + rank * rows
                 x, y = inputs[start : start + rows], targets[start : start + rows]
+                if start >= len(inputs):  # processes that share a model have to call it equally often
+                    x, y = inputs[:1], np.full_like(targets[:1], IGNORED)
                 segments = np.cumsum(x == corpus.separator_id, axis=1, dtype=np.int32) if document_mask else None
                 part_nats, part_count = measure(
                     torch.from_numpy(x).to(device),

@@ -4,7 +4,8 @@ Shapes: B rows, T positions, H query heads, G key-value heads, R = H / G, K head
 
 In eager mode on a CPU the products are batched matrix products over blocks of queries that skip the future: forward and
 backward over rows of 256 tokens, torch's fused CPU kernel takes 2.3 times as long in bf16 and 1.3 times in fp32 (Zen 4,
-two threads). Elsewhere it is torch's scaled_dot_product_attention.
+two threads). Elsewhere it is torch's scaled_dot_product_attention, which on a GPU is a flash kernel for rows that are
+only causal; held inside documents or a window, a GPU takes FlexAttention (`document_attention` says why).
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perennial.model.blocks import blocks, keeps_weights
+from perennial.model.document_attention import (
+    BlockedMask,
+    blocked_attention,
+    blocked_mask,
+    has_kernel,
+    is_seen,
+    suits,
+)
 from perennial.model.operations import runs_by_hand
+
+AttentionMask = Tensor | BlockedMask | None
+"""What `attention_mask` makes and `attention` takes. None: every query sees all the past."""
 
 
 def attention_mask(
@@ -26,33 +38,45 @@ def attention_mask(
     *,
     start: int = 0,
     device: torch.device | None = None,
-) -> Tensor | None:
-    """Where queries at positions `start` to `start + length` may look, bool (B or 1, T, start + T); None: all the past.
+    is_cached: bool = False,
+) -> AttentionMask:
+    """Where queries at positions `start` to `start + length` may look, for all layers that have this window.
 
     segments: only the same document. window: only the last `window` positions, their own included, as Jiang et al.
-    2023 (Mistral 7B, arXiv 2310.06825, section 2) have it.
+    2023 (Mistral 7B, arXiv 2310.06825, section 2) have it. A bool tensor (B or 1, T, start + T), on a GPU its
+    blocks; with a cache, where rows have a new length at every call, it is always the tensor.
     """
     stop = start + length
     is_narrow = window is not None and window < stop
     if segments_BT is None and not is_narrow and (start == 0 or length == 1):
         return None
-    queries = torch.arange(start, stop, device=device)[:, None]
-    keys = torch.arange(stop, device=device)[None, :]
-    seen = keys <= queries
-    if window is not None:
-        seen &= keys > queries - window
-    if segments_BT is None:
-        return seen[None]
-    assert start == 0, "documents are told apart in training, where nothing is cached"
-    return seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    window = window if is_narrow else None
+    if segments_BT is not None:
+        assert start == 0, "documents are told apart in training, where nothing is cached"
+        device = segments_BT.device
+    if device is not None and has_kernel(device.type) and not is_cached:
+        return blocked_mask(length, segments_BT, window, device)
+    return _dense_mask(length, segments_BT, window, start, device)
 
 
-def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None) -> Tensor:
+def _dense_mask(
+    length: int, segments_BT: Tensor | None, window: int | None, start: int, device: torch.device | None
+) -> Tensor:
+    queries = torch.arange(start, start + length, device=device)[:, None]
+    seen = is_seen(queries, torch.arange(start + length, device=device), window)[None]
+    return seen if segments_BT is None else seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
+
+
+def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: AttentionMask) -> Tensor:
     """Softmax-weighted values, shape (B, T, H, K). `mask` is `attention_mask`'s; S > T keys when some were cached.
 
     Source: Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762, section 3.2.1; Ainslie et al. 2023, GQA,
     arXiv 2305.13245, section 2.2, for key-value heads that R query heads share.
     """
+    if isinstance(mask, BlockedMask):
+        if suits(q_BTHK):
+            return blocked_attention(q_BTHK, k_BSGK, v_BSGK, mask)
+        mask = _dense_mask(mask.length, mask.segments_BT, mask.window, 0, q_BTHK.device)
     is_whole = q_BTHK.shape[1] == k_BSGK.shape[1]
     if is_whole and runs_by_hand(q_BTHK):
         return _in_blocks(q_BTHK, k_BSGK, v_BSGK, mask)
@@ -111,16 +135,23 @@ class _AttentionOnCpu(torch.autograd.Function):
             out = torch.bmm(_weights(q, k, mask_BTT, 0, k.shape[1], every), v)
             return *torch.autograd.grad(out, (q, k, v), d_out, create_graph=True), None
         d_out = d_out.contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for block, (start, stop, rows) in enumerate(_blocks(q, k)):
-            weights = kept[block] if kept else _weights(q, k, mask_BTT, start, stop, rows)
-            dv[:, :stop] += torch.bmm(weights.transpose(1, 2), d_out[:, rows])
+        scale, dq, dk, dv = q.shape[-1] ** -0.5, torch.empty_like(q), None, None
+        for block, (start, stop, rows) in reversed(list(enumerate(_blocks(q, k)))):  # the last one sees all the keys
+            weights = kept.pop() if kept else _weights(q, k, mask_BTT, start, stop, rows)
             d_weights = torch.bmm(d_out[:, rows], v[:, :stop].transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            dq[:, rows] = torch.bmm(d_scores, k[:, :stop])
-            dk[:, :stop] += torch.bmm(d_scores.transpose(1, 2), q[:, rows])
-        scale = q.shape[-1] ** -0.5
-        return dq.mul_(scale), dk.mul_(scale), dv, None
+            dv = _plus_product(dv, weights.transpose(1, 2), d_out[:, rows])
+            dq[:, rows] = torch.bmm(d_scores, k[:, :stop]).mul_(scale)
+            dk = _plus_product(dk, d_scores.transpose(1, 2), q[:, rows])
+        return dq, None if dk is None else dk.mul_(scale), dv, None
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """The batched product, added to the first rows of `total` where there is one."""
+    if total is None:
+        return torch.bmm(left, right)
+    total[:, : left.shape[1]].baddbmm_(left, right)
+    return total
 
 
 def _blocks(q_NMK: Tensor, k_NTK: Tensor) -> list[tuple[int, int, slice]]:
@@ -135,8 +166,9 @@ def _weights(q_NMK: Tensor, k_NTK: Tensor, mask_BTT: Tensor | None, start: int, 
     q, k_transposed, size = q_NMK[:, rows], k_NTK[:, :stop].transpose(1, 2), stop - start
     scores = torch.baddbmm(q.new_empty(()), q, k_transposed, beta=0, alpha=q.shape[-1] ** -0.5)
     if mask_BTT is None:  # only the block's own positions can lie in the future
-        future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1)
-        scores.view(len(q), size, -1, stop)[..., start:].masked_fill_(future[:, None], -torch.inf)
+        future = torch.full((size, size), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+        # View as (N, positions, R, keys); adding takes a third of the time of filling where a mask is set.
+        scores.view(len(q), size, -1, stop)[..., start:].add_(future[:, None])
     else:
         hidden = ~mask_BTT[:, None, start:stop, None, :stop]
         shape = (len(mask_BTT), len(q) // len(mask_BTT), size, q.shape[1] // size, stop)

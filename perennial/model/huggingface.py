@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ from perennial.core.files import explain, write_json
 from perennial.model.config import ModelConfig
 from perennial.model.families.base import Entries, Family, Stored
 from perennial.model.folder_config import CONFIG, GENERATION_CONFIG, FolderConfig, read_config
-from perennial.model.storage import StoredTensors, some, write_tensors
+from perennial.model.placement import assign, gathered, is_spread
+from perennial.model.storage import MAX_SHARD_BYTES, StoredTensors, share_of, some, write_tensors
 from perennial.model.transformer import Source, Transformer
 
 if TYPE_CHECKING:
@@ -33,22 +35,48 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prepare: Callable[[Transformer | TransformersModel], None] | None = None,
 ) -> Transformer | TransformersModel:
     """The model in a folder, its weights converted to `dtype` on `device` piece by piece.
 
+    `prepare` may spread the model over processes before its weights are read: a native one while it is on the meta
+    device, so that no process ever holds all of it; one through transformers when it is whole.
     Raises UserError for a configuration that is not supported, for missing files, for tensors that are missing, not
     expected or of another shape, and for weights that are not finite.
     """
     found = read_config(folder)
     if isinstance(found.config, ModelConfig):
-        return _load_native(folder, found, torch.device(device), dtype)
+        model = Transformer(found.config, device="meta", dtype=dtype)
+        if prepare is not None:
+            prepare(model)
+        return _load_native(folder, found, model, torch.device(device), dtype)
     from perennial.model import through_transformers
 
-    return through_transformers.load(folder, found.config, device=device, dtype=dtype)
+    through = through_transformers.load(folder, found.config, device=device, dtype=dtype)
+    if prepare is not None:
+        prepare(through)
+    return through
 
 
-def _load_native(folder: Path, found: FolderConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+def reload_weights(model: Transformer | TransformersModel, folder: Path, device: torch.device | str) -> None:
+    """Puts the weights in a folder, which was written of this same model, in the place of the present ones."""
+    found = read_config(folder)
+    if isinstance(model, Transformer):
+        _load_native(folder, found, model, torch.device(device), next(model.parameters()).dtype)
+        return
+    present = dict(model.named_parameters())
+    for name, parameter in load_model(folder, device=device).named_parameters():
+        assign(present[name], parameter)
+
+
+def _load_native(
+    folder: Path, found: FolderConfig, model: Transformer, device: torch.device, dtype: torch.dtype
+) -> Transformer:
+    """Fills `model`: parameters on the meta device get memory on `device`, others keep theirs."""
     config = found.config
     assert isinstance(config, ModelConfig)
     family = plugins.load("families", config.family)()
@@ -57,7 +85,6 @@ def _load_native(folder: Path, found: FolderConfig, device: torch.device, dtype:
     wanted = {one.name: one for one in family.tensors(config)}
     head = _head_name(family, config)
     _check_names(folder, wanted, spelled, family.derived, head=head, is_tied=config.tied_embeddings)
-    model = Transformer(config, device="meta", dtype=dtype)
     order = {name: place for place, name in enumerate(files.names)}
     staging = _Staging()
     for name in sorted(wanted, key=lambda name: order[spelled[name]]):
@@ -113,18 +140,19 @@ def _parameters(
     dtype: torch.dtype,
     staging: _Staging,
 ) -> Iterable[tuple[str, Tensor]]:
-    """Our parameters that lie in one stored tensor, in memory of their own."""
+    """Our parameters that lie in one stored tensor, in memory of their own unless they have some already."""
     ours = [model.get_parameter(part) for part in stored.parts]
-    if stored.join == "none" and not stored.is_transposed:
-        value = torch.empty(ours[0].shape, dtype=dtype, device=device)
+    is_new = ours[0].is_meta
+    if stored.join == "none" and not stored.is_transposed and not is_spread(ours[0]):
+        value = torch.empty(ours[0].shape, dtype=dtype, device=device) if is_new else ours[0].detach()
         files.read_into(name, value)
         yield stored.parts[0], value
         return
-    tensor = staging.tensor(_joined(stored, ours, model.config.heads).shape, _kept_type(files.dtype(name)))
+    shapes = [torch.empty(part.shape, device="meta") for part in ours]
+    tensor = staging.tensor(_joined(stored, shapes, model.config.heads).shape, _kept_type(files.dtype(name)))
     files.read_into(name, tensor)
     for part, like, value in zip(stored.parts, ours, _split(stored, tensor, ours, model.config.heads), strict=True):
-        out = torch.empty(like.shape, dtype=dtype, device=device)
-        yield part, out.copy_(value)
+        yield part, torch.empty(like.shape, dtype=dtype, device=device).copy_(value) if is_new else value
 
 
 def _kept_type(dtype: torch.dtype) -> torch.dtype:
@@ -151,7 +179,7 @@ def _joined(stored: Stored, parts: list[nn.Parameter] | list[Tensor], heads: int
 
 
 def _check_really_tied(files: StoredTensors, name: str, model: Transformer) -> None:
-    embedding = model.head_weight.detach()
+    embedding = gathered(model.head_weight)
     head = files.read(name, shape=list(embedding.shape))
     if not torch.equal(head.to(embedding.device, embedding.dtype), embedding):
         raise UserError(
@@ -160,11 +188,74 @@ def _check_really_tied(files: StoredTensors, name: str, model: Transformer) -> N
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Puts `value` into a parameter's memory, or, where it has none yet, makes it the parameter."""
     module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(value))
+    parameter = model.get_parameter(name)
+    if parameter.is_meta:
+        setattr(model.get_submodule(module), leaf, nn.Parameter(value))
+    elif parameter.data_ptr() != value.data_ptr():
+        assign(parameter, value)
 
 
 # Writing
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """What a model's folder will hold, the weights as a recipe for making them from the model's present parameters."""
+
+    tensors: dict[str, tuple[list[int], torch.dtype]]
+    """Shape and stored type of each tensor, by its name in the folder."""
+    get: Callable[[str], Tensor]
+    """Makes a tensor; where the model is spread over processes, all of them have to ask for it."""
+    documents: dict[str, Any]
+    """The JSON files."""
+
+    def held(self, *, max_shard_bytes: float, process: int, processes: int, copies: bool) -> FolderContent:
+        """The same with those tensors in memory that this process is to write; nobody asks for them later.
+
+        `copies`: in memory of their own, whatever becomes of the model.
+        """
+        mine = share_of(self.tensors, max_shard_bytes, process, processes)
+        ready = {}
+        for name in self.tensors:
+            tensor = self.get(name)
+            if name in mine:
+                stored = tensor.detach().to("cpu")
+                ready[name] = stored.clone() if copies and stored.data_ptr() == tensor.data_ptr() else stored
+        return replace(self, get=ready.__getitem__)
+
+    def write(
+        self, folder: Path, *, max_shard_bytes: float = MAX_SHARD_BYTES, process: int = 0, processes: int = 1
+    ) -> None:
+        """Writes the files, or one process's share of them. Raises OSError, and UserError as `write_tensors` does."""
+        if process == 0:
+            for file, content in self.documents.items():
+                write_json(folder / file, content)
+        with torch.no_grad():
+            write_tensors(
+                folder,
+                self.tensors,
+                self.get,
+                max_shard_bytes=max_shard_bytes,
+                process=process,
+                processes=processes,
+            )
+
+
+def folder_content(
+    model: Transformer | TransformersModel,
+    *,
+    dtype: torch.dtype | None = None,
+    extra_config: Mapping[str, Any] | None = None,
+) -> FolderContent:
+    """What `save_model` writes."""
+    if not isinstance(model, Transformer):
+        from perennial.model import through_transformers
+
+        tensors, get, documents = through_transformers.folder_content(model, dtype=dtype)
+        return FolderContent(tensors, get, documents)
+    return _native_content(model, dtype, dict(extra_config or {}))
 
 
 def save_model(
@@ -172,7 +263,7 @@ def save_model(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
     extra_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the model's files into `folder` (made if absent); other files there are left alone, older weights removed.
@@ -185,19 +276,12 @@ def save_model(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not isinstance(model, Transformer):
-            from perennial.model import through_transformers
-
-            through_transformers.save(model, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
-            return
-        _save_native(model, folder, dtype, max_shard_bytes, dict(extra_config or {}))
+        folder_content(model, dtype=dtype, extra_config=extra_config).write(folder, max_shard_bytes=max_shard_bytes)
     except OSError as error:
         raise explain(error, folder) from error
 
 
-def _save_native(
-    model: Transformer, folder: Path, dtype: torch.dtype | None, max_shard_bytes: float, extra: dict[str, Any]
-) -> None:
+def _native_content(model: Transformer, dtype: torch.dtype | None, extra: dict[str, Any]) -> FolderContent:
     config, heads = model.config, model.config.heads
     family = plugins.load("families", config.family)()
     wanted = {stored.name: stored for stored in family.tensors(config)}
@@ -216,16 +300,12 @@ def _save_native(
         for name, stored in spelled.items()
     }
     entries = _entries(model, family, dtype, extra)
-    write_json(folder / CONFIG, entries)
     special = {key: value for key, value in entries.items() if key.endswith("_token_id")}
-    write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **special})
-    with torch.no_grad():
-        write_tensors(
-            folder,
-            tensors,
-            lambda name: _joined(spelled[name], [parameters[part] for part in spelled[name].parts], heads),
-            max_shard_bytes=max_shard_bytes,
-        )
+    return FolderContent(
+        tensors,
+        lambda name: _joined(spelled[name], [gathered(parameters[part]) for part in spelled[name].parts], heads),
+        {CONFIG: entries, GENERATION_CONFIG: {"_from_model_config": True, **special}},
+    )
 
 
 def _narrower(stored: torch.dtype | None, present: torch.dtype) -> torch.dtype:

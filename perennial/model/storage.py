@@ -30,6 +30,8 @@ from perennial.core.files import read_json, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5e9
+"""Weights beyond this are split into several files."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -332,26 +334,40 @@ def write_tensors(
     tensors: Mapping[str, tuple[list[int], torch.dtype]],
     get: Callable[[str], Tensor],
     *,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+    process: int = 0,
+    processes: int = 1,
 ) -> None:
     """Writes `tensors` (name: shape and type to store) into `folder`, one file or shards and their index.
 
     `get` gives a tensor by its name; it is asked and converted when its shard's turn has come, so that no more than one
     shard is held. Older weights in `folder` are removed first. Raises UserError for values that are infinite only in
-    the type to store, and OSError when a file cannot be written.
+    the type to store, and OSError when a file cannot be written. Of several processes each writes every
+    `processes`-th file, into a folder without older weights.
     """
     sizes = {name: _num_bytes(shape, dtype) for name, (shape, dtype) in tensors.items()}
     shards = _in_shards(sizes, max_shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        old.unlink(missing_ok=True)
-    for file, names in shards.items():
-        _write_shard(folder / file, {name: tensors[name] for name in names}, get)
-    if len(shards) > 1:
+    if processes == 1:
+        for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+            old.unlink(missing_ok=True)
+    for number, (file, names) in enumerate(shards.items()):
+        if number % processes == process:
+            _write_shard(folder / file, {name: tensors[name] for name in names}, get)
+    if len(shards) > 1 and process == 0:
         where = {name: file for file, names in shards.items() for name in names}
         number = sum(_num_bytes(shape, torch.uint8) for shape, _ in tensors.values())
         metadata = {"total_parameters": number, "total_size": sum(sizes.values())}
         write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
+
+
+def share_of(
+    tensors: Mapping[str, tuple[list[int], torch.dtype]], max_shard_bytes: float, process: int, processes: int
+) -> set[str]:
+    """The names of the tensors that `write_tensors` would ask for on one of several processes."""
+    sizes = {name: _num_bytes(shape, dtype) for name, (shape, dtype) in tensors.items()}
+    shards = list(_in_shards(sizes, max_shard_bytes).values())
+    return {name for names in shards[process::processes] for name in names}
 
 
 def _num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -15,7 +15,7 @@ import inspect
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from perennial.core.files import read_json, write_json
 from perennial.model.folder_config import GENERATION_CONFIG
 from perennial.model.foreign import TransformersConfig, check_document_mask, check_rows
 from perennial.model.inspection import raw_config
-from perennial.model.storage import StoredTensors, some, write_tensors
+from perennial.model.placement import gathered
+from perennial.model.storage import StoredTensors, some
 from perennial.model.transformer import Source, Transformer
 
 CONFIG = "config.json"
@@ -554,13 +555,12 @@ def _is_close(one: Tensor, other: Tensor, share: float) -> bool:
 # Writing
 
 
-def save(
-    model: TransformersModel, folder: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: float = 5e9
-) -> None:
-    """Writes config.json and the weights as the folder that the model was read from has them, in the same types.
+def folder_content(
+    model: TransformersModel, *, dtype: torch.dtype | None = None
+) -> tuple[dict[str, tuple[list[int], torch.dtype]], Callable[[str], Tensor], dict[str, Any]]:
+    """Weights and config.json as the folder that the model was read from has them, in the same types.
 
-    `dtype` stores all floats in one type instead. Older weights in `folder` are removed, other files are left alone.
-    Raises OSError when a file cannot be written, and UserError for weights that are too large for their type.
+    Shape and type of each tensor, what makes it, and the JSON files. `dtype` stores all floats in one type instead.
     """
     tensors = _stored_names(model.network, model.network.state_dict())
     own = _matched(model.network, tensors, model.stored_dtypes)
@@ -570,10 +570,10 @@ def save(
         types = {name: dtype if found.is_floating_point else found for name, found in types.items()}
         entries |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     wanted = {name: (list(tensors[own[name]].shape), found) for name, found in types.items()}
-    write_json(folder / CONFIG, entries)
+    documents: dict[str, Any] = {CONFIG: entries}
     if model.generation_config is not None:
-        write_json(folder / GENERATION_CONFIG, model.generation_config)
-    write_tensors(folder, wanted, lambda name: tensors[own[name]], max_shard_bytes=max_shard_bytes)
+        documents[GENERATION_CONFIG] = model.generation_config
+    return wanted, lambda name: gathered(tensors[own[name]]), documents
 
 
 # Getting along with the library

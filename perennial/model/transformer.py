@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from perennial.core.errors import UserError
 from perennial.core.seeds import derive
 from perennial.model import roles
-from perennial.model.attention import attention, attention_mask
+from perennial.model.attention import AttentionMask, attention, attention_mask
 from perennial.model.cache import KeyValueCache, LayerCache
 from perennial.model.config import Activation, ModelConfig
 from perennial.model.operations import compute_dtype, layer_norm, rms_norm, rotate
+from perennial.model.placement import assign
 from perennial.model.rope import rotary_table
 
 
@@ -105,7 +106,7 @@ class SelfAttention(nn.Module):
         self.k_norm = RmsNorm(normed[1], config.norm_epsilon) if normed else None
 
     def forward(
-        self, x_BTD: Tensor, table: Tensor | None, mask: Tensor | None, cache: LayerCache | None = None
+        self, x_BTD: Tensor, table: Tensor | None, mask: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
         q, k, v = (project(x_BTD) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None and not self.norms_heads:
@@ -161,7 +162,7 @@ class Layer(nn.Module):
             self.input_layernorm = _norm(config, config.width)
 
     def forward(
-        self, x_BTD: Tensor, table: Tensor | None, mask: Tensor | None, cache: LayerCache | None = None
+        self, x_BTD: Tensor, table: Tensor | None, mask: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
         if self.norms_after:
             # rounded once, where autocast would round it for each product
@@ -201,7 +202,10 @@ class Decoder(nn.Module):
             table = rotary_table(config, length, x_BTD, start=start)
         windows = {config.window_of(number) for number in range(config.layers)}
         masks = {
-            window: attention_mask(length, segments_BT, window, start=start, device=x_BTD.device) for window in windows
+            window: attention_mask(
+                length, segments_BT, window, start=start, device=x_BTD.device, is_cached=cache is not None
+            )
+            for window in windows
         }
         for number, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, table, masks[config.window_of(number)], cache.layers[number] if cache else None)
@@ -291,10 +295,10 @@ def initialise(model: Transformer, seed: int) -> Transformer:
     for name, parameter in model.named_parameters():
         role = roles.role_of(name)
         if role in ("norm", "bias"):
-            parameter.fill_(1.0 if role == "norm" else 0.0)
+            assign(parameter, torch.full(parameter.shape, 1.0 if role == "norm" else 0.0))
             continue
         writes_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = config.initial_std / math.sqrt(2 * config.layers) if writes_to_stream else config.initial_std
         generator = torch.Generator().manual_seed(derive(seed, "initialise", name))
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        assign(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
     return model

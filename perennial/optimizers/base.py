@@ -137,23 +137,43 @@ def parameters_by_role(
 def groups_by_role(
     members: Mapping[str, list[tuple[str, torch.nn.Parameter]]], decay: WeightDecay, multiplier: RateMultiplier
 ) -> list[dict[str, Any]]:
-    """One group per role, as `torch.optim` takes them."""
+    """One group per role, as `torch.optim` takes them; two where parameters are spread over different processes."""
     return [
         {
-            "params": [parameter for _, parameter in named],
-            "names": [name for name, _ in named],
+            "params": [parameter for _, parameter in part],
+            "names": [name for name, _ in part],
             "role": role,
             "rate_multiplier": getattr(multiplier, role),
             "weight_decay": getattr(decay, role),
         }
         for role, named in members.items()
+        for part in _by_mesh(named)
     ]
+
+
+def _by_mesh(named: list[tuple[str, torch.nn.Parameter]]) -> list[list[tuple[str, torch.nn.Parameter]]]:
+    """The parameters apart by the mesh of processes that they are spread over: one kernel takes those of one mesh."""
+    found: dict[Any, list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter in named:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append((name, parameter))
+    return list(found.values())
 
 
 def set_rate(optimizer: Stepper, rate: float) -> None:
     """Sets the learning rate of the next step: `rate` times each group's multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_multiplier"]
+
+
+def skips_on_device(optimizer: Stepper) -> bool:
+    """Whether a step can be called off by a number on the device (`found_inf`), without the host knowing.
+
+    torch's fused optimizers can.
+    """
+    import torch
+
+    is_torch = isinstance(optimizer, torch.optim.Optimizer)
+    return is_torch and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def named_states(optimizer: Stepper) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor]]]:

@@ -13,59 +13,123 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import Tensor
 
 from perennial.core import files
 from perennial.core.errors import UserError
 from perennial.core.lineage import LINEAGE_FILE, STATE_FOLDER, Lineage, checkpoints_of
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.model.card import Companions, write_companions
-from perennial.model.huggingface import load_model, save_model
+from perennial.model.huggingface import FolderContent, folder_content, load_model, reload_weights
 from perennial.model.inspection import weights_id
+from perennial.model.placement import is_spread
+from perennial.model.storage import MAX_SHARD_BYTES
 from perennial.model.through_transformers import AnyModel
-from perennial.train.full_weights import load_full_weights, save_full_weights
+from perennial.train.full_weights import FOLDER, full_content, load_full_weights
+from perennial.train.saving import Crew
 from perennial.train.state import Progress
+from perennial.train.tensor_files import load_tensors, save_tensors, stored_parts
 
+MOMENTS = "optimizer"
+"""Name of the files that hold the optimizer's state."""
 MANIFEST = f"{STATE_FOLDER}/{files.MANIFEST}"
 _TEMPORARY = ".saving-"
 
 
-def save(
-    checkpoints: Path,
-    *,
-    model: AnyModel,
-    moments: dict[str, torch.Tensor],
-    progress: Progress,
-    lineage: dict[str, Any],
-    recipe_hash: str,
-    tokenizer: TokenizerFolder,
-    companions: Companions,
-) -> Path:
-    """Writes the checkpoint for this progress and returns its folder. Raises UserError when the disk is full.
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run at one moment, as far as this process holds it."""
 
-    `moments` are the optimizer's state, as `export_state` gives it.
+    model: FolderContent
+    full: FolderContent | None
+    """The fp32 weights, where the folder stores shorter ones."""
+    moments: Mapping[str, Tensor]
+    """The optimizer's state, as `export_state` gives it; of tensors that are spread, this process's part."""
+    progress: Progress
+    lineage: Mapping[str, Any]
+    """Everything of it but the checkpoint's id."""
+    recipe_hash: str
+    tokenizer: TokenizerFolder
+    companions: Companions
+
+
+def snapshot(model: AnyModel, moments: Mapping[str, Tensor], *, crew: Crew, copies: bool, **known: Any) -> Snapshot:
+    """Takes one; `known` are the fields beside the tensors. Every process has to call it.
+
+    `copies`: in memory of its own, so that training may go on while it is written.
     """
-    final = checkpoints / str(progress.tokens)
-    if final.exists():  # a resumed run has come here again; what is there is the same
-        files.verify_manifest(final, MANIFEST, "checkpoint")
+    separator = known["tokenizer"].separator_id
+    content = folder_content(model, extra_config={"eos_token_id": separator, "bos_token_id": separator})
+    full = full_content(model, model.stored_dtypes.values())
+    if copies or crew.processes > 1:
+        share: dict[str, Any] = {"process": crew.process, "processes": crew.processes, "copies": copies}
+        content = content.held(max_shard_bytes=MAX_SHARD_BYTES, **share)
+        full = full and full.held(max_shard_bytes=MAX_SHARD_BYTES, **share)
+    if copies:
+        moments = {name: tensor.detach().clone() for name, tensor in moments.items()}
+    return Snapshot(content, full, moments, **known)
+
+
+def save(checkpoints: Path, taken: Snapshot, crew: Crew) -> Path:
+    """Writes a checkpoint and returns its folder; every process writes its share. Raises UserError when a disk is full.
+
+    The folder appears under its name when everything is in it.
+    """
+    final = checkpoints / str(taken.progress.tokens)
+    temporary = checkpoints / f"{_TEMPORARY}{taken.progress.tokens}"
+    if crew.main(lambda: _is_there(final)):
         return final
-    temporary = checkpoints / f"{_TEMPORARY}{progress.tokens}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    state = temporary / STATE_FOLDER
     try:
-        _write(temporary, model, moments, progress, lineage, recipe_hash, tokenizer, companions)
-        files.publish(temporary, final)
+        crew.main(lambda: _made_anew(state, temporary))
+        crew.all(lambda: _write_weights(temporary, taken, crew))
+        save_tensors(state, MOMENTS, taken.moments, group=crew.group)
+        crew.main(lambda: _complete(temporary, final, taken))
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if crew.process == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
         explained = _explained(error, final)
         if explained is error:
             raise
         raise explained from error
     return final
+
+
+def _is_there(final: Path) -> bool:
+    if not final.exists():
+        return False
+    files.verify_manifest(final, MANIFEST, "checkpoint")  # a resumed run has come here again; it would be the same
+    return True
+
+
+def _made_anew(state: Path, temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    state.mkdir(parents=True)
+
+
+def _write_weights(folder: Path, taken: Snapshot, crew: Crew) -> None:
+    taken.model.write(folder, process=crew.process, processes=crew.processes)
+    if taken.full is not None:
+        taken.full.write(folder / STATE_FOLDER / FOLDER, process=crew.process, processes=crew.processes)
+
+
+def _complete(folder: Path, final: Path, taken: Snapshot) -> None:
+    """Writes what only one process has to, and publishes the folder."""
+    state = folder / STATE_FOLDER
+    taken.tokenizer.copy_to(folder)
+    files.write_json(state / "state.json", {"recipe_hash": taken.recipe_hash, **taken.progress.to_json()})
+    complete = Lineage(checkpoint=weights_id(folder), **taken.lineage)
+    files.write_json(state / LINEAGE_FILE, complete.model_dump(mode="json"))
+    write_companions(taken.companions, folder, complete)
+    files.write_manifest(folder, {"format": 1}, MANIFEST)
+    files.publish(folder, final)
 
 
 def _explained(error: BaseException, final: Path) -> BaseException:
@@ -75,32 +139,6 @@ def _explained(error: BaseException, final: Path) -> BaseException:
     if number:  # safetensors has an error type of its own
         found = OSError(int(number[1]), os.strerror(int(number[1])))
     return files.explain(found, final) if isinstance(found, OSError) else error
-
-
-def _write(
-    folder: Path,
-    model: AnyModel,
-    moments: dict[str, torch.Tensor],
-    progress: Progress,
-    lineage: dict[str, Any],
-    recipe_hash: str,
-    tokenizer: TokenizerFolder,
-    companions: Companions,
-) -> None:
-    state = folder / STATE_FOLDER
-    state.mkdir(parents=True)
-    save_model(
-        model, folder, extra_config={"eos_token_id": tokenizer.separator_id, "bos_token_id": tokenizer.separator_id}
-    )
-    tokenizer.copy_to(folder)
-    save_full_weights(model, model.stored_dtypes.values(), state)
-    save_file(moments, state / "optimizer.safetensors")
-    (state / "optimizer.safetensors").chmod(0o644)
-    files.write_json(state / "state.json", {"recipe_hash": recipe_hash, **progress.to_json()})
-    complete = Lineage(checkpoint=weights_id(folder), **lineage)
-    files.write_json(state / LINEAGE_FILE, complete.model_dump(mode="json"))
-    write_companions(companions, folder, complete)
-    files.write_manifest(folder, {"format": 1}, MANIFEST)
 
 
 def remove_leftovers(checkpoints: Path) -> None:
@@ -128,17 +166,43 @@ def verify(checkpoint: Path, *, checksums: bool = True) -> None:
         )
 
 
-def load_weights(checkpoint: Path, device: torch.device) -> AnyModel:
-    """The model of a verified checkpoint, in fp32. Raises UserError for a missing or altered file."""
+def load_weights(
+    checkpoint: Path, device: torch.device, *, prepare: Callable[[AnyModel], None] | None = None
+) -> AnyModel:
+    """The model of a checkpoint, in fp32; `prepare` as for `load_model`. Raises UserError for an altered file."""
     verify(checkpoint)
-    return load_unverified(checkpoint, device)
+    return load_unverified(checkpoint, device, prepare=prepare)
 
 
-def load_unverified(checkpoint: Path, device: torch.device) -> AnyModel:
+def load_unverified(
+    checkpoint: Path, device: torch.device, *, prepare: Callable[[AnyModel], None] | None = None
+) -> AnyModel:
     """The same of a checkpoint that was verified before."""
-    model = load_model(checkpoint, device=device)
+    model = load_model(checkpoint, device=device, prepare=prepare)
     load_full_weights(model, checkpoint)
     return model
+
+
+def put_back_weights(model: AnyModel, checkpoint: Path, device: torch.device) -> None:
+    """Returns a model's weights to what a checkpoint of it holds."""
+    reload_weights(model, checkpoint, device)
+    load_full_weights(model, checkpoint)
+
+
+def load_moments(checkpoint: Path, model: AnyModel, crew: Crew) -> dict[str, Tensor]:
+    """The optimizer's state that a checkpoint holds, spread as the parameters are; empty when it holds none."""
+    state = checkpoint / STATE_FOLDER
+    parameters = dict(model.named_parameters())
+    moments = {}
+    for part in stored_parts(state, MOMENTS):
+        parameter = parameters.get(part.tensor.rpartition(".")[0])
+        if parameter is not None and is_spread(parameter) and parameter.shape == part.whole:
+            moments[part.tensor] = torch.empty_like(parameter, dtype=part.dtype, requires_grad=False)
+        else:
+            moments[part.tensor] = torch.empty(part.whole, dtype=part.dtype)
+    if moments:
+        load_tensors(state, MOMENTS, moments, group=crew.group)
+    return moments
 
 
 def load_progress(checkpoint: Path, recipe_hash: str) -> Progress:

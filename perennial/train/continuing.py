@@ -313,16 +313,19 @@ def continue_run(
     stand_ins: Mapping[str, Path] | None = None,
     command: str = "",
     quiet: bool = False,
+    processes: int | None = None,
     **choices: Any,
 ) -> dict[str, Any]:
     """Prepares raw data, derives the recipe into `out` and (unless `dry_run`) runs it: `perennial continue`.
 
-    `choices` are those of `derive`. Running the same call again resumes. Returns {'recipe', 'resolved', 'reasons',
-    'result'}; a dry run leaves `out` without a run in it.
+    processes: how many will train; the run is then made and left to them (see `launch`). `choices` are those of
+    `derive`. Running the same call again resumes. Returns {'recipe', 'resolved', 'reasons', 'result'} as far as it
+    went; a dry run leaves `out` without a run in it.
     """
     from perennial.core.lineage import newest_checkpoint
     from perennial.train.checkpoint import verify
-    from perennial.train.run import check_place, plan, start, undone_on_error
+    from perennial.train.run import check_place, make_run, plan, start, undone_on_error
+    from perennial.train.workers import check_rows
 
     checkpoint, base, name = newest_checkpoint(checkpoint), Path.cwd(), out.resolve().name
     given = {**data, **(stand_ins or {})}
@@ -333,6 +336,8 @@ def continue_run(
     verify(checkpoint, checksums=False)
     choices["micro_batch"] = _chosen_before(out)
     asked = derive(checkpoint, data, stand_ins=stand_ins, budget=budget, base=base, name=name, **choices)
+    if processes is not None:
+        check_rows(processes, sequences=asked.recipe.batch.sequences, tensor=asked.recipe.parallel.tensor)
     check_given(checkpoint, given)
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
@@ -360,7 +365,10 @@ def continue_run(
             "reasons": derived.reasons,
         }
         if dry_run:
-            result["resolved"] = plan(derived.recipe, base=base)
+            result["resolved"] = plan(derived.recipe, base=base, processes=processes)
+            return result
+        if processes is not None:
+            make_run(derived.recipe, out, base=base, header=derived.header(command), processes=processes)
             return result
         result["result"] = start(derived.recipe, out, base=base, header=derived.header(command), quiet=quiet)
         return result

@@ -15,19 +15,28 @@ from torch import nn
 
 from perennial.core.errors import UserError
 from perennial.core.lineage import STATE_FOLDER
-from perennial.model.storage import StoredTensors, some, write_tensors
+from perennial.model.huggingface import FolderContent
+from perennial.model.placement import assign, gathered, is_spread
+from perennial.model.storage import StoredTensors, some
 
 FOLDER = "weights"
 
 
-def save_full_weights(model: nn.Module, stored: Iterable[torch.dtype], state: Path) -> None:
-    """Writes all parameters into `state`/weights, if one of the types `stored` beside them is shorter than theirs."""
+def full_content(model: nn.Module, stored: Iterable[torch.dtype]) -> FolderContent | None:
+    """All parameters as they are, if one of the types `stored` beside them is shorter than theirs."""
     parameters = dict(model.named_parameters())
     full = next(iter(parameters.values())).dtype
     if not any(dtype.is_floating_point and dtype.itemsize < full.itemsize for dtype in stored):
-        return
+        return None
     wanted = {name: (list(parameter.shape), parameter.dtype) for name, parameter in parameters.items()}
-    write_tensors(state / FOLDER, wanted, lambda name: parameters[name])
+    return FolderContent(wanted, lambda name: gathered(parameters[name]), {})
+
+
+def save_full_weights(model: nn.Module, stored: Iterable[torch.dtype], state: Path) -> None:
+    """Writes them into `state`/weights, if there is need to."""
+    content = full_content(model, stored)
+    if content is not None:
+        content.write(state / FOLDER)
 
 
 def load_full_weights(model: nn.Module, checkpoint: Path) -> None:
@@ -39,4 +48,8 @@ def load_full_weights(model: nn.Module, checkpoint: Path) -> None:
     if odd := set(stored.names) ^ parameters.keys():
         raise UserError(f"{folder}: is not of the model beside it: {some(odd)} is only in one of the two")
     for name in stored.names:
-        stored.read_into(name, parameters[name].data)
+        parameter = parameters[name]
+        if is_spread(parameter):
+            assign(parameter, stored.read(name, shape=list(parameter.shape)))
+        else:
+            stored.read_into(name, parameter.data)

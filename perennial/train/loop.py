@@ -12,6 +12,8 @@ for each stage:                              data, schedule, optimizer, objectiv
 from __future__ import annotations
 
 import time
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +21,10 @@ import torch
 from perennial.core.errors import TrainingStopped
 from perennial.core.lineage import checkpoints_of
 from perennial.core.seeds import derive
-from perennial.train.session import Session
+from perennial.train.resolve import ResolvedStage
+from perennial.train.session import RunningStage, Session
 from perennial.train.spikes import is_spike
-from perennial.train.step import NonFinite, Update, make_update
+from perennial.train.step import NonFinite, Queued, Update, make_update
 
 
 def run(session: Session) -> None:
@@ -41,88 +44,133 @@ def run(session: Session) -> None:
     session.finish(summary(session))
 
 
+@dataclass(frozen=True)
+class Made:
+    """An update that was queued, and where the run stood after it."""
+
+    queued: Queued
+    stage: ResolvedStage
+    rate: float
+    rows: tuple[int, int]
+    """First row of its batch and the one after its last."""
+    tokens: int
+    number: int
+    flops: float
+    data_seconds: float
+    started: float
+
+
 def _run_stage(session: Session) -> None:
     """Goes on with the current stage until it is done or the run is to stop."""
-    resolved = session.resolved
-    stage = resolved.stages[session.state.progress.stage]
+    stage = session.resolved.stages[session.state.progress.stage]
     with session.open_stage() as running:
+        # On a GPU the host is one update ahead: it queues the next before it reads what the last one measured.
+        ahead = int(session.queues_ahead)
+        waiting: deque[Made] = deque()
+        stop = False
         while session.state.progress.stage_tokens < stage.tokens:
-            progress = session.state.progress
-            rows = resolved.batch.sequences
-            started = time.perf_counter()
-            batch = running.loader.at(progress.row, rows, rank=session.world.rank, world=session.world.size)
-            loaded = time.perf_counter()
-            after = progress.stage_tokens + resolved.batch.tokens
-            rate = running.schedule.rate(after, stage.tokens)
-            torch.manual_seed(derive(resolved.seed, "update", stage.name, progress.row))
-            try:
-                update = make_update(
-                    session.state.model,
-                    session.state.optimizer,
-                    running.objective,
-                    batch,
-                    rate=rate,
-                    clip=resolved.clip,
-                    precision=resolved.precision,
-                    micro_batch=resolved.batch.micro_batch,
-                    world=session.world,
-                    new_rows=session.new_rows,
-                    stop=session.stop_requested,
-                )
-            except NonFinite as error:
-                _non_finite(session, error, rows)
-                continue
-            _advance(session, update, rate, loaded - started, time.perf_counter() - loaded)
-            if _spiked(session, update, rows):
-                continue
+            waiting.append(_queue(session, running))
             done = session.state.progress.stage_tokens >= stage.tokens
-            if done:
-                running.close_stage()
-            session.after_update(update, stage_done=done)
-            if session.stopped or done:
-                return
+            while waiting and (len(waiting) > ahead or done or stop or session.is_due()):
+                update = _settle(session, waiting.popleft())
+                if update is None:  # rolled back; what was queued since is void
+                    waiting.clear()
+                    done = False
+                    break
+                stop = stop or update.stop
+            else:
+                if waiting:
+                    continue
+                if done:
+                    running.close_stage()
+                session.after_update(stop=stop, stage_done=done)
+                if session.stopped or done:
+                    return
 
 
-def _advance(session: Session, update: Update, rate: float, data_seconds: float, train_seconds: float) -> None:
-    progress, resolved = session.state.progress, session.resolved
-    tokens = resolved.batch.tokens
-    progress.row += resolved.batch.sequences
+def _queue(session: Session, running: RunningStage) -> Made:
+    """Starts the next update and moves the run's position past it."""
+    progress, resolved, world = session.state.progress, session.resolved, session.world
+    stage, rows, tokens = running.stage, resolved.batch.sequences, resolved.batch.tokens
+    begun = time.perf_counter()
+    batch = running.loader.at(progress.row, rows, rank=world.data_rank, world=world.data_size)
+    loaded = time.perf_counter()
+    rate = running.schedule.rate(progress.stage_tokens + tokens, stage.tokens)
+    torch.manual_seed(derive(resolved.seed, "update", stage.name, progress.row))
+    queued = make_update(
+        session.spread,
+        session.state.optimizer,
+        running.objective,
+        batch,
+        rate=rate,
+        clip=resolved.clip,
+        precision=resolved.precision,
+        micro_batch=resolved.batch.micro_batch,
+        rows=rows,
+        new_rows=session.new_rows,
+        stop=session.stop_requested,
+    )
+    first = progress.row
+    progress.row += rows
     progress.stage_tokens += tokens
     progress.tokens += tokens
     progress.updates += 1
-    stage = resolved.stages[progress.stage]
     flops = tokens * (stage.flops / stage.tokens)
     progress.flops += flops
     progress.stage_flops += flops
-    progress.seconds["data"] += data_seconds
-    progress.seconds["train"] += train_seconds
-    progress.stage_seconds += train_seconds
     progress.rate = rate
-    session.record_update(update, rate, data_seconds, train_seconds)
+    return Made(
+        queued,
+        stage,
+        rate,
+        (first, progress.row),
+        progress.tokens,
+        progress.updates,
+        progress.flops,
+        loaded - begun,
+        loaded,
+    )
 
 
-def _spiked(session: Session, update: Update, rows: int) -> bool:
+def _settle(session: Session, made: Made) -> Update | None:
+    """Reads what an update measured and records it; None when the run was rolled back because of it."""
+    progress = session.state.progress
+    try:
+        update = made.queued.finish()
+    except NonFinite as error:
+        _non_finite(session, made, error)
+        return None
+    now = time.perf_counter()
+    seconds = now - max(made.started, session.settled)
+    session.settled = now
+    progress.seconds["data"] += made.data_seconds
+    progress.seconds["train"] += seconds
+    progress.stage_seconds += seconds
+    session.record_update(made, update, seconds)
+    return None if _spiked(session, update, made) else update
+
+
+def _spiked(session: Session, update: Update, made: Made) -> bool:
     """Notes a spike; True when the run was rolled back because of it."""
     progress, settings = session.state.progress, session.resolved.spikes
     recent = progress.recent_losses
     if not is_spike(update.loss, recent, settings):
         progress.recent_losses = [*recent[-(settings.window - 1) :], update.loss]
         return False
-    session.records.write("spike", tokens=progress.tokens, loss=update.loss, expected=sorted(recent)[len(recent) // 2])
-    session.console.note(f"loss spike at {progress.tokens} tokens: {update.loss:.3f}")
+    session.records.write("spike", tokens=made.tokens, loss=update.loss, expected=sorted(recent)[len(recent) // 2])
+    session.console.note(f"loss spike at {made.tokens} tokens: {update.loss:.3f}")
     if settings.action != "rollback":
         return False
-    _roll_back(session, progress.row, f"loss {update.loss:.4g} at {progress.tokens} tokens")
+    _roll_back(session, made.rows[1], f"loss {update.loss:.4g} at {made.tokens} tokens")
     return True
 
 
-def _non_finite(session: Session, error: NonFinite, rows: int) -> None:
-    progress = session.state.progress
-    stage = session.resolved.stages[progress.stage].name
-    where = f"stage '{stage}', update {progress.updates + 1}, rows {progress.row} to {progress.row + rows - 1}"
-    session.records.write("spike", tokens=progress.tokens, loss=str(error), expected=None)
+def _non_finite(session: Session, made: Made, error: NonFinite) -> None:
+    rows = made.rows
+    where = f"stage '{made.stage.name}', update {made.number}, rows {rows[0]} to {rows[1] - 1}"
+    session.records.write("spike", tokens=made.tokens, loss=str(error), expected=None)
     if session.resolved.spikes.action == "rollback":
-        _roll_back(session, progress.row + rows, f"{error} ({where})")
+        _roll_back(session, rows[1], f"{error} ({where})")
         return
     raise TrainingStopped(
         f"{where}: {error}. The update was not made; the last checkpoint is untouched. Lower the peak rate, or set "

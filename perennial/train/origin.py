@@ -22,9 +22,9 @@ from perennial.core.lineage import Fact, Lineage, Origin
 from perennial.core.settings import check
 from perennial.model.card import license_of
 from perennial.model.config import ModelConfig
-from perennial.model.cost import training_memory
 from perennial.model.foreign import AnyConfig, num_parameters, row_limit
 from perennial.model.inspection import raw_config, weights_id
+from perennial.model.memory import Training, estimate
 from perennial.train.recipe import ParentFacts
 
 ESTIMATE, WARNING = "estimate: ", "warning: "
@@ -317,7 +317,7 @@ def first_manner(
     context = row_limit(config)
     length = row_tokens(context, tokens, machine.device)
     rows = batch_rows(tokens, length)
-    rows_at_once = micro_batch or micro_batch_rows(_shape(config), rows, length, machine)
+    rows_at_once = micro_batch or micro_batch_rows(config, rows, length, machine)
     reasons = [
         f"rows of {length} tokens: at most {MAX_ROW_TOKENS[machine.device]} on a {_NAMES[machine.device]}, at most the "
         f"context ({context}), and short enough for {MIN_UPDATES} updates; change: --set batch.sequence_length=N",
@@ -370,44 +370,25 @@ def batch_rows(tokens: float, length: int) -> int:
     return 1 << min(round(math.log2(wanted)), math.floor(math.log2(most)))
 
 
-def micro_batch_rows(shape: ModelConfig | None, rows: int, length: int, machine: Machine) -> int:
+def micro_batch_rows(config: AnyConfig, rows: int, length: int, machine: Machine) -> int:
     """The most rows (a power of two) whose training memory is at most half of what is free; at least one."""
     if machine.free_bytes is None:
         return rows
-    if shape is None:
-        return 1
-    while rows > 1 and _memory(shape, rows, length, machine) > machine.free_bytes / 2:
+    wanted = rows
+    while rows > 1 and _memory(config, rows, wanted // rows, length, machine) > machine.free_bytes / 2:
         rows //= 2
     return rows
 
 
-def _memory(shape: ModelConfig, rows: int, length: int, machine: Machine) -> int:
-    return training_memory(
-        shape,
+def _memory(config: AnyConfig, rows: int, micro_batches: int, length: int, machine: Machine) -> int:
+    training = Training(
         rows=rows,
         sequence_length=length,
+        micro_batches=micro_batches,
         precision=machine.precision,
+        device=machine.device,
         optimizer_bytes=8,  # AdamW's two moments
         chunk_tokens=512 if machine.device == "cpu" else 4096,  # the objective's defaults
-        device=machine.device,
-    ).total
-
-
-def _shape(config: AnyConfig) -> ModelConfig | None:
-    """A native model's configuration; for another a native one of its size to judge memory by, or None.
-
-    What runs through `transformers` keeps more for the backward pass; the feed-forward part is taken twice as wide.
-    """
-    if isinstance(config, ModelConfig):
-        return config
-    heads = config.heads or 1
-    inner = num_parameters(config) - config.vocabulary_size * config.width * (1 if config.tied_embeddings else 2)
-    dimensions = {
-        "vocabulary_size": config.vocabulary_size,
-        "width": config.width,
-        "heads": heads,
-        "layers": config.layers,
-        "mlp_width": 2 * max(1, round(inner / config.layers / config.width / 3)),
-        "head_width": 2 * math.ceil(config.width / heads / 2),
-    }
-    return check(ModelConfig, dimensions)[0]
+        evaluates=False,  # an evaluation needs no less with smaller micro-batches
+    )
+    return estimate(config, training, process_bytes=0).total  # the process is there already

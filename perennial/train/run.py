@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,19 @@ from perennial.core.environment import tune_process
 from perennial.core.errors import UserError
 from perennial.core.lineage import newest_checkpoint
 from perennial.core.progress import Progress as ProgressLine
-from perennial.core.settings import check, raise_problems, stable_hash
+from perennial.core.settings import check, override, raise_problems, stable_hash
 from perennial.evals.parity import checked_parity, in_words
 from perennial.model.foreign import AnyConfig, TransformersConfig
+from perennial.model.layerwise import checkpoint_layers, compile_layers
 from perennial.model.through_transformers import AnyModel, from_config
 from perennial.model.transformer import Transformer, initialise
-from perennial.train import loop
+from perennial.train import loop, memory_advice
 from perennial.train.parallel import World, join_world, leave_world, wait_for_all
 from perennial.train.precision import autocast, native_precision
-from perennial.train.recipe import Recipe, parse_recipe, read
+from perennial.train.recipe import ParallelSettings, Recipe, parse_recipe, read
 from perennial.train.resolve import Resolved, describe, recipe_hash, relative_to, resolve
 from perennial.train.session import Session, check_memory, check_processes
+from perennial.train.workers import rank
 
 RECIPE, RESOLVED, EVENTS = "recipe.yaml", "resolved.json", "events.jsonl"
 """The files of a run folder, beside its checkpoints and the corpora that were prepared for it."""
@@ -38,16 +41,20 @@ class RunIsBusy(UserError):
     """Another process trains the run; nothing of it may be touched."""
 
 
-def plan(recipe: Recipe, *, base: Path) -> Resolved:
-    """Resolves a recipe for this machine; measures its training speed when a budget is a time."""
+def plan(recipe: Recipe, *, base: Path, processes: int | None = None) -> Resolved:
+    """Resolves a recipe for this machine; measures its training speed when a budget is a time.
+
+    processes: how many will train, where that is not what torchrun says.
+    """
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    return resolve(recipe, base=base, precision=native_precision(device), measure=tokens_per_second)
+    measure = functools.partial(tokens_per_second, processes=processes)
+    return resolve(recipe, base=base, precision=native_precision(device), measure=measure)
 
 
-def make_run(recipe: Recipe, folder: Path, *, base: Path, header: str = "") -> Resolved:
+def make_run(recipe: Recipe, folder: Path, *, base: Path, header: str = "", processes: int | None = None) -> Resolved:
     """Writes recipe.yaml and resolved.json into a new run folder, or finds the same recipe there already.
 
-    Raises UserError when the folder holds something else.
+    processes: as for `plan`. Raises UserError when the folder holds something else.
     """
     rebased = _rebased(recipe, base, folder)
     if (folder / RESOLVED).is_file():
@@ -60,7 +67,7 @@ def make_run(recipe: Recipe, folder: Path, *, base: Path, header: str = "") -> R
             )
         return read_resolved(folder)
     check_place(folder)
-    resolved = _imported(plan(recipe, base=base))
+    resolved = _imported(plan(recipe, base=base, processes=processes))
     text = header + yaml.safe_dump(
         rebased.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
     )
@@ -157,21 +164,42 @@ def _moved(place: str, now: Path) -> str:
     return place if Path(place).exists() or not now.exists() else str(now.resolve())
 
 
-def train(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
+def changed_parallel(resolved: Resolved, overrides: Sequence[str]) -> ParallelSettings:
+    """How the run is spread over processes from here on: as resolved, with 'parallel.key=value' texts applied.
+
+    Raises UserError for any other setting: what is computed belongs to the run.
+    """
+    for assignment in overrides:
+        if not assignment.startswith("parallel."):
+            raise UserError(
+                f"{assignment}: a run folder is resumed as it is, though parallel.* may change; "
+                "other overrides and --out belong to a recipe file"
+            )
+    asked = override({"parallel": resolved.parallel.model_dump(mode="json")}, list(overrides))
+    parallel, problems = check(ParallelSettings, asked["parallel"], ("parallel",))
+    raise_problems(problems, "overrides")
+    assert parallel is not None
+    return parallel
+
+
+def train(folder: Path, *, parallel: Sequence[str] = (), quiet: bool = False) -> dict[str, Any]:
     """Starts the run in `folder`, or goes on where it stopped; returns its summary ('complete': False when stopped).
 
-    Raises UserError for bad input and TrainingStopped when training cannot go on.
+    parallel: 'parallel.key=value' texts that spread it otherwise, this time. Raises UserError for bad input and
+    TrainingStopped when training cannot go on.
     """
     tune_process()
     resolved = read_resolved(folder)
+    resolved = resolved.model_copy(update={"parallel": changed_parallel(resolved, parallel)})
     if finished := records.read(folder / EVENTS, "done"):
-        ProgressLine("train", quiet=quiet).note(f"{folder}: this run is complete, there is nothing to go on with")
+        line = ProgressLine("train", quiet=quiet or rank() > 0)
+        line.note(f"{folder}: this run is complete, there is nothing to go on with")
         return {"run": str(folder), "complete": True, **{k: finished[-1][k] for k in loop.SUMMARY}}
     world = join_world()
     try:
         with _only_here(folder, world), contextlib.closing(Session(folder, resolved, world, quiet=quiet)) as session:
             session.console.note(describe(resolved))
-            with session.stopping_on_signals():
+            with session.stopping_on_signals(), memory_advice.explained(folder, resolved, session.world):
                 loop.run(session)
             return {"run": str(folder), "complete": not session.stopped, **loop.summary(session)}
     except OSError as error:
@@ -208,7 +236,7 @@ def _only_here(folder: Path, world: World) -> Iterator[None]:
 def start(recipe: Recipe, folder: Path, *, base: Path, header: str = "", quiet: bool = False) -> dict[str, Any]:
     """Makes the run folder (on the main process) and trains."""
     world = join_world()
-    check_processes(recipe.batch.sequences, world)
+    check_processes(recipe.batch.sequences, world.size // recipe.parallel.tensor)
     with undone_on_error(folder) if world.is_main else contextlib.nullcontext():
         if world.is_main:
             make_run(recipe, folder, base=base, header=header)
@@ -242,11 +270,13 @@ def _differences(one: Recipe, other: Recipe) -> list[str]:
     return [key for key in a if a[key] != b[key]]
 
 
-def tokens_per_second(config: AnyConfig, recipe: Recipe, *, seconds: float = 2.0) -> float:
+def tokens_per_second(
+    config: AnyConfig, recipe: Recipe, *, seconds: float = 2.0, processes: int | None = None
+) -> float:
     """Measured training speed of this model and batch on this machine, in tokens per second.
 
-    Times whole updates on random tokens; 5% are taken off for evaluation and saving. Under torchrun one process times
-    its own share of the rows; what exchanging gradients costs is not in it.
+    Times whole updates on random tokens; 5% are taken off for evaluation and saving. Of many `processes` (default: as
+    torchrun says) one times its own share of the rows; what exchanging gradients costs is not in it.
     """
     from perennial.core import plugins
     from perennial.train.step import TorchBatch
@@ -254,12 +284,15 @@ def tokens_per_second(config: AnyConfig, recipe: Recipe, *, seconds: float = 2.0
     tune_process()
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     precision = native_precision(device) if recipe.precision == "auto" else recipe.precision
-    check_memory(config, device)
+    check_memory(config, World(0, 1, device))
     model = _with_random_weights(config, device)
+    checkpoint_layers(model, recipe.activation_checkpointing)
+    if recipe.compile:
+        compile_layers(model)
     parameters = model.named_parameters()
     optimizer = plugins.build("optimizers", recipe.stages[0].optimizer)[0].build(parameters, model.role_of)
     objective = plugins.build("objectives", recipe.stages[0].objective)[0]
-    share = math.ceil(recipe.batch.sequences / int(os.environ.get("WORLD_SIZE", "1")))
+    share = math.ceil(recipe.batch.sequences / (processes or int(os.environ.get("WORLD_SIZE", "1"))))
     rows = min(recipe.batch.micro_batch or share, share)
     tokens = torch.randint(config.vocabulary_size, (rows, recipe.batch.sequence_length), device=device)
     times: list[float] = []

@@ -6,13 +6,12 @@ import contextlib
 import copy
 import signal
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from perennial.core import lineage as lineages
 from perennial.core import plugins
@@ -21,6 +20,7 @@ from perennial.core.clock import Clock
 from perennial.core.environment import environment, package_version
 from perennial.core.environment import memory_bytes as machine_memory_bytes
 from perennial.core.errors import UserError
+from perennial.core.layout import Layout, choose_layout
 from perennial.core.progress import Progress as ProgressLine
 from perennial.core.records import Recorder
 from perennial.core.seeds import derive
@@ -34,18 +34,33 @@ from perennial.model.card import Companions, read_companions
 from perennial.model.config import ModelConfig
 from perennial.model.foreign import AnyConfig, num_parameters, parse_config, state_bytes
 from perennial.model.inspection import weights_id
+from perennial.model.layerwise import checkpoint_layers, compile_layers
+from perennial.model.placement import local_part
 from perennial.model.through_transformers import AnyModel
 from perennial.model.transformer import Transformer, initialise
 from perennial.objectives.next_token import NextToken
-from perennial.optimizers.base import export_state, import_state
+from perennial.optimizers.base import export_state, import_state, skips_on_device
 from perennial.train import checkpoint
 from perennial.train.new_rows import NewRows
-from perennial.train.parallel import World, sum_values, wait_for_all
+from perennial.train.parallel import (
+    Spread,
+    World,
+    any_of,
+    check_divisible,
+    device_bytes,
+    placed,
+    processes_per_machine,
+    sum_values,
+    wait_for_all,
+)
 from perennial.train.precision import autocast, matmul_rate
 from perennial.train.resolve import Resolved, ResolvedStage, rate_is_estimate, stage_order
-from perennial.train.saving import Saving, copied, pays, state_size
+from perennial.train.saving import Crew, Saving, pays
 from perennial.train.state import Progress, TrainState
 from perennial.train.step import TorchBatch, Update
+
+if TYPE_CHECKING:
+    from perennial.train.loop import Made
 
 
 @dataclass
@@ -74,8 +89,11 @@ class Session:
     """Model, optimizer, data, records and console of one run on this process."""
 
     def __init__(self, folder: Path, resolved: Resolved, world: World, *, quiet: bool = False) -> None:
-        check_processes(resolved.batch.sequences, world)
+        config = parse_config(resolved.model)
+        world = placed(world, _layout(resolved, config, world))
+        check_processes(resolved.batch.sequences, world.data_size)
         self.folder, self.resolved, self.world = folder, resolved, world
+        self.crew = Crew(world)
         self.checkpoints = folder / "checkpoints"
         self.stopped = False
         self.stop_requested = False
@@ -88,8 +106,7 @@ class Session:
             self.environment["transformers"] = package_version("transformers")
         self.corpora = _open_corpora(resolved)
         self.by_fingerprint = {c.fingerprint: c for c in self.corpora.values()}
-        saved = lineages.checkpoints_of(folder)
-        _check_newest(saved, resolved.recipe_hash)
+        saved = self.crew.main(lambda: _own_checkpoints(folder, resolved.recipe_hash))
         self.ancestry = saved[-1] if saved else Path(resolved.parent["path"]) if resolved.parent else None
         self.parent = self._ancestors() if resolved.parent else None
         self.tokenizer = self._open_tokenizer()
@@ -99,9 +116,11 @@ class Session:
         if world.is_main:
             checkpoint.remove_leftovers(self.checkpoints)
         wait_for_all(world)
-        check_memory(parse_config(resolved.model), world.device)
+        check_memory(config, world)
         self.records = Recorder(folder / "events.jsonl" if world.is_main else None)
         self._board: Any = None
+        self.settled = 0.0
+        """When the last update was read."""
         try:
             self._peak_flops = matmul_rate(resolved.precision, world.device)
             self._board = _open_board(folder) if resolved.tensorboard and world.is_main else None
@@ -117,30 +136,51 @@ class Session:
         if (self.folder / "events.jsonl").exists() and (self.folder / "events.jsonl").stat().st_size:
             self.records.write("restart", tokens=0)  # killed before its first checkpoint
         self.carried: dict[str, torch.Tensor] = {}
+        device = self.world.device
         if self.resolved.parent:
             path = Path(self.resolved.parent["path"])
-            model: AnyModel = checkpoint.load_weights(path, self.world.device)
-            moments = path / lineages.STATE_FOLDER / "optimizer.safetensors"
-            self.carried = load_file(moments) if moments.is_file() else {}
+            if self.world.is_main:
+                checkpoint.verify(path)
+            wait_for_all(self.world)
+            model = self._loaded(path)
+            self.carried = checkpoint.load_moments(path, model, self.crew)
         else:
-            model = Transformer(ModelConfig(**self.resolved.model)).to(self.world.device)
+            is_spread = self.world.layout.is_spread
+            model = Transformer(ModelConfig(**self.resolved.model), device="meta" if is_spread else device)
+            self._spread(model)
             initialise(model, derive(self.resolved.seed, "model"))
         self._record_run()
-        return TrainState(self._ready(model), None, Progress())
+        return TrainState(model, None, Progress())
 
     def _restore(self, path: Path) -> TrainState:
         """The state that the newest checkpoint of this run holds."""
-        model = checkpoint.load_unverified(path, self.world.device)  # it was verified when the session began
+        model = self._loaded(path)  # it was verified when the session began
         progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
-        self.carried = load_file(path / lineages.STATE_FOLDER / "optimizer.safetensors")
-        self.records.write("resume", tokens=progress.tokens)
+        self.carried = checkpoint.load_moments(path, model, self.crew)
+        layout = asdict(self.world.layout)
+        self.records.write("resume", tokens=progress.tokens, processes=self.world.size, layout=layout)
         self.console.note(f"resuming {self.folder} at {human(progress.tokens, 'tokens')} from {path}")
-        return TrainState(self._ready(model), None, progress)
+        return TrainState(model, None, progress)
+
+    def _loaded(self, path: Path) -> AnyModel:
+        is_spread = self.world.layout.is_spread
+        model = checkpoint.load_unverified(path, self.world.device, prepare=self._spread if is_spread else None)
+        if not is_spread:
+            self._spread(model)
+        return model
+
+    def _spread(self, model: AnyModel) -> None:
+        """Makes the model ready for training on this process's part of the mesh, in place."""
+        self.spread = Spread(self._ready(model), self.world, precision=self.resolved.precision)
+        if next(model.parameters()).is_meta:
+            model.to_empty(device=self.world.device)
 
     def _ready(self, model: AnyModel) -> AnyModel:
+        """The model in training mode, its layers checkpointed and compiled as asked; before it is spread."""
         model.train()
+        checkpoint_layers(model, self.resolved.activation_checkpointing)
         if self.resolved.compile:
-            model.compile()
+            compile_layers(model)
         return model
 
     def _ancestors(self) -> lineages.Lineage:
@@ -176,6 +216,7 @@ class Session:
             through=self.resolved.through,
             parent=self.resolved.parent,
             processes=self.world.size,
+            layout=asdict(self.world.layout),
             precision=self.resolved.precision,
             environment=self.environment,
         )
@@ -184,10 +225,9 @@ class Session:
         """Returns to the last checkpoint, in memory as on disk."""
         self.finish_saving()
         path = lineages.checkpoints_of(self.folder)[-1]
-        restored = checkpoint.load_weights(path, self.world.device)
-        self.state.model.load_state_dict(restored.state_dict())
+        checkpoint.put_back_weights(self.state.model, path, self.world.device)
         self.state.progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
-        self.carried = load_file(path / lineages.STATE_FOLDER / "optimizer.safetensors")
+        self.carried = checkpoint.load_moments(path, self.state.model, self.crew)
         stage = self.resolved.stages[self.state.progress.stage]
         self.state.optimizer = self._optimizer(stage)
 
@@ -206,6 +246,7 @@ class Session:
             )
         order = self._order(stage)
         self.state.optimizer = self._optimizer(stage)
+        self.spread.start_training()
         if progress.stage_tokens == 0:
             self._record_stage(stage)
         loader = Loader(
@@ -230,6 +271,11 @@ class Session:
         model = self.state.model
         if self.new_rows is not None:
             model.requires_grad_(True)
+        if stage.new_rows and self.world.layout.is_spread:
+            raise UserError(
+                f"stage '{stage.name}': train: new_rows works on whole tables; set parallel.shard=none and "
+                f"parallel.tensor=1, not {self.world.layout}"
+            )
         self.new_rows = NewRows(model, *stage.new_rows) if stage.new_rows else None
         trained = self.new_rows or model
         optimizer = _component("optimizers", stage.optimizer).build(trained.named_parameters(), model.role_of)
@@ -317,51 +363,59 @@ class Session:
 
     # After each update
 
-    def record_update(self, update: Update, rate: float, data_seconds: float, train_seconds: float) -> None:
+    @property
+    def queues_ahead(self) -> bool:
+        """Whether an update can be called off on the device, so that the host need not wait for each."""
+        return self.world.device.type == "cuda" and skips_on_device(self.state.optimizer)
+
+    def record_update(self, made: Made, update: Update, seconds: float) -> None:
         """Writes the `train` event and the progress line; checks that the rate in effect is the rate asked for."""
         progress = self.state.progress
         for group in self.state.optimizer.param_groups:
-            assert group["lr"] == rate * group["rate_multiplier"], (
+            assert group["lr"] == progress.rate * group["rate_multiplier"], (
                 "the learning rate in effect is not the one asked for"
             )
-        tokens = self.resolved.batch.tokens
-        speed = tokens / (data_seconds + train_seconds)
-        stage = self.resolved.stages[progress.stage]
-        mfu = tokens * stage.flops / stage.tokens / train_seconds / (self._peak_flops * self.world.size)
+        tokens, stage = self.resolved.batch.tokens, made.stage
+        speed = tokens / (made.data_seconds + seconds)
+        mfu = tokens * stage.flops / stage.tokens / seconds / (self._peak_flops * self.world.size)
         self.records.write(
             "train",
-            tokens=progress.tokens,
-            step=progress.updates,
-            stage=self.resolved.stages[progress.stage].name,
+            tokens=made.tokens,
+            step=made.number,
+            stage=stage.name,
             loss=update.loss,
-            rate=rate,
+            rate=made.rate,
             gradient_norm=update.gradient_norm,
             tokens_per_second=round(speed, 1),
-            flops=progress.flops,
+            flops=made.flops,
             seconds=round(progress.seconds["train"], 4),
             data_seconds=round(progress.seconds["data"], 4),
             mfu=round(mfu, 4),
             memory_bytes=memory_bytes(self.world.device),
         )
         if self._board is not None:
-            for name, value in (("loss", update.loss), ("rate", rate), ("gradient_norm", update.gradient_norm)):
-                self._board.add_scalar(f"train/{name}", value, progress.tokens)
+            for name, value in (("loss", update.loss), ("rate", made.rate), ("gradient_norm", update.gradient_norm)):
+                self._board.add_scalar(f"train/{name}", value, made.tokens)
         self.console.update(
-            progress.tokens,
-            f"loss {update.loss:.3f}, rate {rate:.2e}, {human(speed, 'tokens/s')}, MFU {mfu:.0%}, "
+            made.tokens,
+            f"loss {update.loss:.3f}, rate {made.rate:.2e}, {human(speed, 'tokens/s')}, MFU {mfu:.0%}, "
             f"{human_bytes(memory_bytes(self.world.device))}",
         )
 
-    def after_update(self, update: Update, *, stage_done: bool) -> None:
+    def is_due(self) -> bool:
+        """Whether it is time to evaluate or to save."""
+        return self._due(self.resolved.evaluation_every_tokens) or self._due(self.resolved.checkpoint_every_tokens)
+
+    def after_update(self, *, stop: bool, stage_done: bool) -> None:
         """Evaluates, saves and stops when it is time."""
         progress, resolved = self.state.progress, self.resolved
         complete = progress.stage == len(resolved.stages)
         if stage_done or self._due(resolved.evaluation_every_tokens):
             self.evaluate("after" if complete else "during")
         self.finish_saving(wait=False)
-        if stage_done or update.stop or self._due(resolved.checkpoint_every_tokens):
-            self.save(while_training=not (stage_done or update.stop))
-        if update.stop and not complete:
+        if stage_done or stop or self._due(resolved.checkpoint_every_tokens):
+            self.save(while_training=not (stage_done or stop))
+        if stop and not complete:
             self.stopped = True
             self.records.write("stop", tokens=progress.tokens, reason="asked to stop")
             self.console.note(
@@ -379,13 +433,13 @@ class Session:
             corpora = evaluate(
                 self.state.model,
                 self.corpora,
-                measure_with(self.state.model),
+                self._measure,
                 sequence_length=resolved.batch.sequence_length,
                 max_tokens=resolved.evaluation_tokens,
                 document_mask=resolved.document_mask,
                 device=self.world.device,
-                rank=self.world.rank,
-                world_size=self.world.size,
+                rank=self.world.data_rank,
+                world_size=self.world.data_size,
                 combine=lambda values: sum_values(values, self.world),
             )
         progress.seconds["evaluate"] += spent.seconds
@@ -401,6 +455,9 @@ class Session:
         self.console.note(f"{moment} at {human(progress.tokens, 'tokens')}: validation loss {text}")
         return corpora
 
+    def _measure(self, inputs: Any, targets: Any, segments: Any) -> Any:
+        return self.spread.measure(NextToken().evaluate, TorchBatch(inputs, targets, segments))
+
     def save(self, *, while_training: bool = False) -> None:
         """Writes a checkpoint of the present state and prunes old ones; one that is still being written first.
 
@@ -408,41 +465,35 @@ class Session:
         """
         self.finish_saving()
         progress = self.state.progress
-        error: BaseException | None = None
-        if self.world.is_main:
-            with self.clock.section("save") as spent:
-                try:
-                    self._saving = self._start_saving(while_training)
-                    if not while_training:
-                        self._saving.finish()
-                except UserError as failed:
-                    error, self._saving = failed, None
-            progress.seconds["save"] += spent.seconds
-        if sum_values([float(error is not None)], self.world)[0]:
-            raise error or UserError("the main process could not save the checkpoint; its message says why")
-        if not while_training:
-            self.finish_saving()
+        with self.clock.section("save") as spent:
+            self._saving = self._start_saving(while_training)
+            if not while_training:
+                self.finish_saving()
+        progress.seconds["save"] += spent.seconds
 
     def _start_saving(self, while_training: bool) -> Saving:
         progress = self.state.progress
         optimizer = self.state.optimizer or self._optimizer(self.resolved.stages[progress.stage])
         model, moments = self.state.model, self.moments(optimizer)
-        in_background = while_training and pays(state_size(model, moments))
-        if in_background:
-            model, moments = copied(model, moments)
-        wanted: dict[str, Any] = {
-            "progress": copy.deepcopy(progress),
-            "lineage": self._lineage(),
-            "recipe_hash": self.resolved.recipe_hash,
-            "tokenizer": self.tokenizer,
-            "companions": self.companions,
-        }
+        in_background = while_training and not any_of(not pays(_state_size(model, moments)), self.world)
+        taken = checkpoint.snapshot(
+            model,
+            moments,
+            crew=self.crew,
+            copies=in_background,
+            progress=copy.deepcopy(progress),
+            lineage=self._lineage(),
+            recipe_hash=self.resolved.recipe_hash,
+            tokenizer=self.tokenizer,
+            companions=self.companions,
+        )
         ends = {sum(s.tokens for s in self.resolved.stages[: i + 1]) for i in range(len(self.resolved.stages))}
         self._consumed_by_saved = self._consumed()
 
         def write() -> Path:
-            path = checkpoint.save(self.checkpoints, model=model, moments=moments, **wanted)
-            checkpoint.prune(self.checkpoints, self.resolved.checkpoint_keep, ends)
+            path = checkpoint.save(self.checkpoints, taken, self.crew)
+            if self.world.is_main:
+                checkpoint.prune(self.checkpoints, self.resolved.checkpoint_keep, ends)
             return path
 
         return Saving(write, tokens=progress.tokens, in_background=in_background)
@@ -539,8 +590,9 @@ def measure_with(model: Any) -> Any:
     return lambda inputs, targets, segments: objective.evaluate(model, TorchBatch(inputs, targets, segments))
 
 
-def _check_newest(saved: list[Path], recipe_hash: str) -> None:
-    """Raises UserError when the newest checkpoint is damaged or another run's, with the way to go on without it."""
+def _own_checkpoints(folder: Path, recipe_hash: str) -> list[Path]:
+    """The run's checkpoints. Raises UserError when the newest is damaged, or another run's, with the way to go on."""
+    saved = lineages.checkpoints_of(folder)
     try:
         for path in saved[-1:]:
             checkpoint.verify(path)
@@ -548,19 +600,40 @@ def _check_newest(saved: list[Path], recipe_hash: str) -> None:
     except UserError as error:
         before = f"from the one before it ({saved[-2].name})" if len(saved) > 1 else "from the beginning"
         raise UserError(f"{error}\nTo go on {before}, delete {saved[-1]}.") from None
+    return saved
 
 
-def check_processes(sequences: int, world: World) -> None:
-    """Raises UserError when a batch has no row for some of the processes."""
-    if world.size > sequences:
-        raise UserError(f"{world.size} processes for batch.sequences {sequences}: each process needs a row; use fewer")
+def _state_size(model: AnyModel, moments: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of parameters and moments that this process holds."""
+    tensors = [local_part(tensor) for tensor in (*model.parameters(), *moments.values())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def check_memory(config: AnyConfig, device: torch.device) -> None:
+def _layout(resolved: Resolved, config: AnyConfig, world: World) -> Layout:
+    here = processes_per_machine(world)
+    layout = choose_layout(
+        world.size,
+        per_machine=here,
+        **resolved.parallel.model_dump(),
+        needed_bytes=state_bytes(config, 8),
+        device_bytes=device_bytes(world.device, here, machine_memory_bytes()["total"]),
+    )
+    check_divisible(config, layout)
+    return layout
+
+
+def check_processes(sequences: int, processes: int) -> None:
+    """Raises UserError when a batch has no row for some of the processes that divide it."""
+    if processes > sequences:
+        raise UserError(f"{processes} processes for batch.sequences {sequences}: each process needs a row; use fewer")
+
+
+def check_memory(config: AnyConfig, world: World) -> None:
     """Raises UserError for a model whose weights, gradients and optimizer state cannot fit, whatever is free now."""
-    needed = state_bytes(config, 4)  # 4 bytes of optimizer state per parameter at the least
-    on_gpu = device.type == "cuda"
-    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine_memory_bytes()["total"]
+    parts = world.layout.shards * world.layout.tensor
+    needed = state_bytes(config, 4) / parts  # 4 bytes of optimizer state per parameter at the least
+    on_gpu = world.device.type == "cuda"
+    there = device_bytes(world.device, 1, machine_memory_bytes()["total"])
     if there is not None and needed > there:
         raise UserError(
             f"model: {human(num_parameters(config))} parameters need at least {human_bytes(needed)} for weights, "

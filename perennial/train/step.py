@@ -1,4 +1,8 @@
-"""One update: forward and backward over micro-batches, sum over ranks, clip, check that all is finite, optimizer."""
+"""One update: forward and backward over micro-batches, sum over processes, clip, check that all is finite, optimizer.
+
+Nothing here waits for the device: what an update measured is read when `Queued.finish` is called, which on a GPU may be
+after the next update was queued.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from perennial.core.errors import TrainingStopped
 from perennial.data.loader import Batch
-from perennial.optimizers.base import set_rate
+from perennial.model.placement import local_part
+from perennial.objectives.base import IGNORED
+from perennial.optimizers.base import set_rate, skips_on_device
 from perennial.train.new_rows import NewRows
-from perennial.train.parallel import World, sum_gradients, sum_values
+from perennial.train.parallel import Spread, clip_gradients, summed
 from perennial.train.precision import autocast
 
 
@@ -25,35 +33,71 @@ class NonFinite(TrainingStopped):
 class TorchBatch:
     """A batch (or a part of one) as tensors: inputs and targets (B, T) int64, segments (B, T) int32 or None."""
 
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    segments: torch.Tensor | None
+    inputs: Tensor
+    targets: Tensor
+    segments: Tensor | None
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one update measured. `loss` is in nats per token: the sum over all rows of all ranks, divided once."""
+    """What one update measured. `loss` is in nats per token: the sum over all rows of all processes, divided once."""
 
     loss: float
     count: int
     gradient_norm: float
     stop: bool
-    """True when any rank was asked to stop."""
+    """True when any process was asked to stop."""
 
 
-def to_torch(batch: Batch, device: torch.device, micro_batch: int) -> Iterator[TorchBatch]:
-    """The batch in pieces of `micro_batch` rows, on the device."""
-    for start in range(0, len(batch.inputs), micro_batch):
-        part = slice(start, start + micro_batch)
+class Queued:
+    """An update whose numbers may still be on their way from the device."""
+
+    def __init__(self, model: torch.nn.Module, numbers: Tensor) -> None:
+        """`numbers`: nats, count of targets, number of processes asked to stop, gradient norm; float64 (4,)."""
+        self._model, self._numbers = model, numbers
+        self._arrived: Any = None
+        self._result: Update | NonFinite | None = None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def finish(self) -> Update:
+        """Waits for the numbers. Raises NonFinite, when the update was not made, if one of them is not finite."""
+        if self._result is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            nats, count, stops, norm = self._numbers.tolist()
+            self._result = Update(nats / count, int(count), norm, stops > 0)
+            if not (math.isfinite(nats) and math.isfinite(norm)):
+                where = _not_finite(self._model)
+                self._result = NonFinite(f"loss {nats / count:.4g}, gradient norm {norm:.4g}{where}")
+        if isinstance(self._result, NonFinite):
+            raise self._result
+        return self._result
+
+
+def to_torch(batch: Batch, device: torch.device, micro_batch: int, most_rows: int) -> Iterator[TorchBatch]:
+    """The batch in pieces of `micro_batch` rows, on the device; as many pieces as for `most_rows` rows.
+
+    Processes that exchange weights or gradients have to do so equally often: one with fewer rows than others ends with
+    a row that does not count.
+    """
+    rows = len(batch.inputs)
+    for start in range(0, most_rows, micro_batch):
+        is_empty = start >= rows
+        part = slice(0, 1) if is_empty else slice(start, start + micro_batch)
+        targets = np.full_like(batch.targets[part], IGNORED) if is_empty else batch.targets[part]
         yield TorchBatch(
             torch.from_numpy(batch.inputs[part]).to(device, non_blocking=True),
-            torch.from_numpy(batch.targets[part]).to(device, non_blocking=True),
+            torch.from_numpy(targets).to(device, non_blocking=True),
             None if batch.segments is None else torch.from_numpy(batch.segments[part]).to(device, non_blocking=True),
         )
 
 
 def make_update(
-    model: torch.nn.Module,
+    spread: Spread,
     optimizer: Any,
     objective: Any,
     batch: Batch,
@@ -62,41 +106,64 @@ def make_update(
     clip: float | None,
     precision: str,
     micro_batch: int | None,
-    world: World,
+    rows: int,
     new_rows: NewRows | None = None,
     stop: bool = False,
-) -> Update:
-    """Trains on one batch. Raises NonFinite, with nothing applied, when the loss or a gradient is not finite.
+) -> Queued:
+    """Trains on one batch, of which this is the part of one process; `rows` is the size of the whole.
 
-    new_rows: all that is trained, when that is not the whole model.
+    An update whose loss or gradient is not finite is not made, which `Queued.finish` tells. new_rows: all that is
+    trained, when that is not the whole model.
     """
-    trained = new_rows or model
-    local = sum(int((row >= 0).sum()) for row in batch.targets)
-    count, stops = sum_values([float(local), float(stop)], world)
-    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    world, trained = spread.world, new_rows or spread.model
+    device = world.device
+    most_rows = -(-rows // world.data_size)
+    local = sum(int((row >= 0).sum()) for row in batch.targets) if world.speaks else 0
+    # The number of targets of all processes; it stays on the device, where the loss is divided by it.
+    counts = summed(torch.tensor([local, stop], dtype=torch.float64, device=device), world)
+    share = world.data_size / counts[0]  # gradients are averaged over the processes that read different rows
+    nats = torch.zeros(1, dtype=torch.float64, device=device)
     trained.zero_grad(set_to_none=True)
-    for part in to_torch(batch, world.device, micro_batch or len(batch.inputs)):
-        with autocast(precision, world.device):
-            loss = objective.loss(model, part)
-        (loss.total / count).backward()
-        nats += loss.nats.double()
+    pieces = list(to_torch(batch, device, micro_batch or most_rows, most_rows))
+    for number, part in enumerate(pieces):
+        with spread.summing(now=number == len(pieces) - 1):
+            with autocast(precision, device):
+                total, part_nats = spread.train_on(_sums, objective, part)
+            (total * share).backward()
+        nats += part_nats.double()
     if new_rows is not None:
         new_rows.take_gradients()
-    sum_gradients(trained.parameters(), world)
-    total = sum_values([float(nats)], world)[0]
-    norm = float(torch.nn.utils.clip_grad_norm_(trained.parameters(), clip if clip is not None else math.inf))
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        where = _not_finite(model)
-        trained.zero_grad(set_to_none=True)
-        raise NonFinite(f"loss {total / count:.4g}, gradient norm {norm:.4g}{where}")
+    spread.finish_gradients()
+    nats = summed(nats if world.speaks else torch.zeros_like(nats), world)
+    norm = clip_gradients(trained.parameters(), clip if clip is not None else math.inf)
     set_rate(optimizer, rate)
+    queued = Queued(spread.model, torch.cat((nats, counts, norm.detach().double().reshape(1))))
+    if device.type == "cuda" and skips_on_device(optimizer):
+        optimizer.found_inf = (~(torch.isfinite(nats[0]) & torch.isfinite(norm))).float()
+        optimizer.step()
+    else:
+        _step_if_finite(queued, optimizer, trained)
+    return queued
+
+
+def _step_if_finite(queued: Queued, optimizer: Any, trained: Any) -> None:
+    try:
+        queued.finish()
+    except NonFinite:
+        trained.zero_grad(set_to_none=True)
+        return
     optimizer.step()
-    return Update(total / count, int(count), norm, stops > 0)
+
+
+def _sums(model: torch.nn.Module, objective: Any, batch: TorchBatch) -> tuple[Tensor, Tensor]:
+    loss = objective.loss(model, batch)
+    return loss.total, loss.nats
 
 
 def _not_finite(model: torch.nn.Module) -> str:
-    bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    weights = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
+    named = dict(model.named_parameters())
+    bad = [n for n, p in named.items() if p.grad is not None and not torch.isfinite(local_part(p.grad)).all()]
+    weights = [n for n, p in named.items() if not torch.isfinite(local_part(p)).all()]
     text = f"; not finite in the weights of {', '.join(weights[:3])}" if weights else ""
     if bad:
         text += f"; not finite in the gradient of {', '.join(bad[:3])}" + (

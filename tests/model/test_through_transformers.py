@@ -25,7 +25,7 @@ from perennial.model.through_transformers import TransformersModel, from_config
 from perennial.objectives.next_token import NextToken
 from perennial.optimizers.adamw import AdamW
 from perennial.optimizers.muon import Muon
-from perennial.train.parallel import World
+from perennial.train.parallel import Spread, World
 from perennial.train.step import TorchBatch, make_update
 from tests.foreign import ARCHITECTURES, CONTEXT, VOCABULARY, made, stored
 
@@ -112,7 +112,7 @@ def test_five_updates_are_those_of_a_plain_loop(name: str, folders: dict[str, Pa
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         plain.step()
         update = make_update(
-            model.train(),
+            Spread(model.train(), World(0, 1, torch.device("cpu"))),
             own,
             NextToken(),
             _Rows(ids),  # type: ignore[arg-type]
@@ -120,8 +120,8 @@ def test_five_updates_are_those_of_a_plain_loop(name: str, folders: dict[str, Pa
             clip=1.0,
             precision="fp32",
             micro_batch=2,
-            world=World(0, 1, torch.device("cpu")),
-        )
+            rows=4,
+        ).finish()
         assert update.loss == pytest.approx(loss.item(), abs=1e-4)
 
 

@@ -71,11 +71,21 @@ def test_tensorboard_gets_the_losses(workspace: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which torch's compiler hides itself
 def test_a_compiled_model_trains_the_same(workspace: Any, tmp_path: Path) -> None:
     """Tolerance 1e-4: compiled kernels add in another order."""
     assert run_with(workspace, tmp_path / "compiled", compile=True) == pytest.approx(
         run_with(workspace, tmp_path / "eager"), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_activation_checkpointing_changes_no_loss(policy: str, workspace: Any, tmp_path: Path) -> None:
+    """Bit for bit, documents told apart or not; the recipe's hash is the same too, so that a run may change it."""
+    changed = run_with(workspace, tmp_path / "changed", activation_checkpointing=policy, document_mask=True)
+    assert changed == run_with(workspace, tmp_path / "plain", document_mask=True)
+    hashes = [records.read(tmp_path / name / "events.jsonl", "run")[0]["recipe_hash"] for name in ("changed", "plain")]
+    assert hashes[0] == hashes[1]
 
 
 @pytest.mark.gpu

@@ -14,10 +14,12 @@ import torch
 from perennial.core import records
 from perennial.core.errors import UserError
 from perennial.core.lineage import checkpoints_of
+from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.train import checkpoint, saving
+from perennial.train.parallel import World
 from perennial.train.recipe import parse_recipe
 from perennial.train.run import start
-from perennial.train.saving import Saving, copied
+from perennial.train.saving import Crew, Saving
 from tests.model.models import tiny_model
 from tests.workspace import Workspace
 
@@ -126,17 +128,18 @@ def test_a_resumed_run_outlives_the_checkpoint_it_was_resumed_from(workspace: Wo
     assert (checkpoints_of(tmp_path / "cut")[-1] / "tokenizer.json").is_file()
 
 
-def test_a_copy_shares_no_memory_and_has_no_gradients() -> None:
-    model = tiny_model()
-    model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
-    moments = {"x": torch.zeros(3)}
-    other, other_moments = copied(model, moments)
+def test_a_snapshot_is_of_one_moment(tmp_path: Path, workspace: Workspace) -> None:
+    """What it copied stays as it was, whatever training does to model and moments."""
+    model, moments = tiny_model(), {"model.norm.weight.exp_avg": torch.zeros(16)}
+    before = model.model.norm.weight.detach().clone()
+    known: dict[str, Any] = dict.fromkeys(("progress", "lineage", "recipe_hash", "companions"))
+    known["tokenizer"] = TokenizerFolder.open(workspace.old / "tokenizer")
+    taken = checkpoint.snapshot(model, moments, crew=Crew(World(0, 1, torch.device("cpu"))), copies=True, **known)
     with torch.no_grad():
         model.model.norm.weight.fill_(7.0)
-    moments["x"] += 1
-    assert not torch.equal(other.model.norm.weight, model.model.norm.weight)
-    assert other.model.norm.weight.grad is None
-    assert float(other_moments["x"].sum()) == 0
+    moments["model.norm.weight.exp_avg"] += 1
+    assert torch.equal(taken.model.get("model.norm.weight"), before)
+    assert float(taken.moments["model.norm.weight.exp_avg"].sum()) == 0
 
 
 def test_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from perennial.model.folder_config import load_config
 from perennial.model.foreign import TransformersConfig
 from perennial.train import loop
 from perennial.train.measuring import evaluate_checkpoint
+from perennial.train.parallel import World
 from perennial.train.recipe import parse_recipe
 from perennial.train.resolve import describe
 from perennial.train.run import plan, read_resolved, start, tokens_per_second, train
@@ -179,13 +180,17 @@ def test_rollback_goes_on_from_the_checkpoints_full_weights(
 ) -> None:
     original, calls = loop.make_update, []
 
+    class NotFinite:
+        def finish(self) -> None:
+            raise loop.NonFinite("loss nan")
+
     def once_not_finite(*given: Any, **settings: Any) -> Any:
         calls.append(1)
         if len(calls) == 6:
-            model = given[0]
+            model = given[0].model
             with torch.no_grad():
                 next(model.parameters()).fill_(7.0)  # must be gone after the rollback
-            raise loop.NonFinite("loss nan")
+            return NotFinite()
         return original(*given, **settings)
 
     monkeypatch.setattr(loop, "make_update", once_not_finite)
@@ -230,10 +235,10 @@ def test_its_speed_can_be_measured_for_a_budget_in_time(workspace: Any, parents:
 def test_a_model_too_large_for_the_machine_is_refused(parents: dict[str, Path]) -> None:
     config = load_config(parents["mixtral"])
     assert isinstance(config, TransformersConfig)
-    check_memory(config, torch.device("cpu"))
+    check_memory(config, World(0, 1, torch.device("cpu")))
     large = config.model_copy(update={"parameters_by_role": {"stack": 10**13}})
     with pytest.raises(UserError, match="10T parameters need at least"):
-        check_memory(large, torch.device("cpu"))
+        check_memory(large, World(0, 1, torch.device("cpu")))
 
 
 def test_losses_of_a_folder_can_be_measured(workspace: Any, parents: dict[str, Path]) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from perennial.core import lineage, records
 from perennial.core.errors import TrainingStopped, UserError
 from perennial.core.lineage import newest_checkpoint
-from perennial.train import checkpoint
+from perennial.train import checkpoint, tensor_files
 from perennial.train.recipe import SpikeSettings, parse_recipe
 from perennial.train.run import start, train
 from perennial.train.spikes import is_spike
@@ -190,39 +190,6 @@ def test_micro_batches_give_the_same_run(workspace: Any, tmp_path: Path) -> None
     assert runs[2] == pytest.approx(runs[0], abs=1e-5)
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_data_parallel_equals_one_process(workspace: Any, tmp_path: Path, processes: int) -> None:
-    """Tolerance 1e-4 in the losses of 12 updates: gradients are summed in another order."""
-    recipe = workspace.recipe()
-    start(parse_recipe(recipe), tmp_path / "one", base=Path(), quiet=True)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "perennial",
-    ]
-    done = subprocess.run(
-        [*command, "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "many")],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
-    assert [t for t, _, _ in one] == [t for t, _, _ in many]
-    assert [loss for _, loss, _ in many] == pytest.approx([loss for _, loss, _ in one], abs=1e-4)
-    measured = [
-        records.read(tmp_path / r / "events.jsonl", "evaluation")[-1]["corpora"]["old"] for r in ("one", "many")
-    ]
-    assert measured[0]["tokens"] == measured[1]["tokens"]
-    assert measured[0]["nats_per_token"] == pytest.approx(measured[1]["nats_per_token"], abs=1e-4)
-
-
 def test_a_non_finite_gradient_stops_before_the_update(
     workspace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,10 +224,14 @@ def test_rollback_returns_to_the_checkpoint_and_passes_over_the_span(
 
     original, calls = loop.make_update, []
 
+    class NotFinite:
+        def finish(self) -> None:
+            raise loop.NonFinite("loss nan")
+
     def once_not_finite(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 7:
-            raise loop.NonFinite("loss nan")
+            return NotFinite()
         return original(*args, **kwargs)
 
     monkeypatch.setattr(loop, "make_update", once_not_finite)
@@ -276,8 +247,8 @@ def test_rollback_returns_to_the_checkpoint_and_passes_over_the_span(
     assert record.tokens == 3072
     assert record.sources[0]["rows"] == 96 + 24
     assert record.sources[0]["tokens"] == 3072  # what was passed over was not trained on
-    one_update = record.flops / (12 + 2)
-    assert one_update == pytest.approx(256 * resolved_flops(tmp_path / "run"))  # two updates were made twice
+    one_update = record.flops / (12 + 2 + 1)  # two updates were made twice, one came to nothing
+    assert one_update == pytest.approx(256 * resolved_flops(tmp_path / "run"))
 
 
 def resolved_flops(run: Path) -> float:
@@ -344,16 +315,16 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoints(
     workspace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, calls = tmp_path / "run", []
-    original = checkpoint.save_file
+    original = tensor_files.write_file
 
-    def full(tensors: Any, path: Any) -> None:
+    def full(*given: Any) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        original(tensors, path)
+        original(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(tensor_files, "write_file", full)
         with pytest.raises(UserError, match="disk is full"):
             start(parse_recipe(workspace.recipe()), run, base=Path(), quiet=True)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["1024"]
