@@ -68,7 +68,7 @@ def measure(contender: str, folder: Path, dtype: str, updates: int) -> dict[str,
     from perennial.core.environment import tune_process
     from perennial.model.huggingface import load_model
     from perennial.objectives.next_token import NextToken
-    from perennial.train.step import TorchBatch
+    from perennial.train.feeding import TorchBatch
 
     torch.manual_seed(0)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]

@@ -51,7 +51,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from perennial.core import records
-from perennial.core.amounts import human, human_seconds
+from perennial.core.amounts import human_bytes, human_seconds
 from perennial.core.errors import UserError
 from perennial.core.files import sha256, verify_manifest, write_json
 from perennial.core.lineage import checkpoints_of
@@ -75,6 +75,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "disk": 1 << 30,
     },
 }
+SPARE_BYTES = 128 << 10
+"""What a full disk sometimes has left."""
 VOCABULARY = 512
 SHARD_TOKENS = 100_000
 RESTARTS = 100
@@ -253,7 +255,9 @@ class Faults:
                     if error.errno != errno.ENOSPC:
                         raise
                     block = block[: len(block) // 2]
-        return f"{human(taken, 'bytes')} taken, none left", filler.unlink
+        spare = self._chance.choice((0, SPARE_BYTES))  # with it events find room, and a checkpoint does not
+        os.truncate(filler, max(0, taken - spare))
+        return f"{human_bytes(spare)} left", filler.unlink
 
     def _limit_files(self) -> tuple[str, Callable[[], None]]:
         assert self._job.process is not None
@@ -375,13 +379,31 @@ def undisturbed(job: Job, line: Progress, total_tokens: int) -> float:
     return (len(watched.updates) - 1) / max(1e-9, last - first)
 
 
+@dataclass(frozen=True)
+class Timetable:
+    """When faults are due."""
+
+    every: float
+    """Seconds from one to the next."""
+    until: float
+    """Seconds after which there are no more, so that the run can come to its end."""
+    strikes: int | None
+    """So many in all instead, spread evenly over the run."""
+
+    def is_due(self, *, now: float, last: float, struck: int, share: float) -> bool:
+        """Whether the next one is, `now` seconds after the beginning, with this share of the run done."""
+        if self.strikes is not None:
+            return struck < self.strikes and share >= (struck + 1) / (self.strikes + 1)
+        return last + self.every <= now < self.until
+
+
 def disturbed(
-    job: Job, faults: Faults, *, kinds: Iterator[str], every: float, hold: float, seconds: float, line: Progress,
+    job: Job, faults: Faults, *, kinds: Iterator[str], timetable: Timetable, hold: float, line: Progress,
     total_tokens: int, note: Callable[[Fault], None],
 ) -> tuple[list[Fault], float]:  # fmt: skip
-    """Runs the job to its end with faults on the way; the faults, and its wall time. Faults end after 2 x `seconds`."""
+    """Runs the job to its end with faults on the way, each held for `hold` seconds; the faults, and its wall time."""
     watched, struck = Watched(job.run), []
-    begun, due, kind = time.monotonic(), every, next(kinds)
+    begun, last, kind = time.monotonic(), 0.0, next(kinds)
     lasting: tuple[float, Callable[[], None]] | None = None
     while job.ensure():
         time.sleep(0.05)
@@ -393,7 +415,9 @@ def disturbed(
             lasting[1]()
             struck[-1].held_seconds = round(now - struck[-1].at_seconds, 2)
             lasting = None
-        if lasting is None and due <= now < 2 * seconds and goes_on(watched, struck):
+        share = watched.position / total_tokens
+        due = timetable.is_due(now=now, last=last, struck=len(struck), share=share)
+        if lasting is None and due and goes_on(watched, struck):
             try:
                 detail, back = faults.strike(kind)
             except (LookupError, ProcessLookupError):
@@ -402,8 +426,8 @@ def disturbed(
             struck.append(fault)
             note(fault)
             lasting = (now + hold, back) if back else None
-            due, kind = now + every, next(kinds)
-        if now > 4 * seconds + 120:
+            last, kind = now, next(kinds)
+        if now > 2 * timetable.until + 120:
             raise SystemExit(f"the run did not come to its end; see {job.log}:\n{tail(job.log)}")
     if lasting is not None:
         lasting[1]()
@@ -519,6 +543,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="of the disturbed run, about (default: 10)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--every", type=float, default=60.0, help="seconds from one fault to the next (default: 60)")
+    parser.add_argument("--strikes", type=int, help="so many faults in all instead, spread evenly over the run")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
     parser.add_argument("--updates", type=int, help="length of the run; default: from a measured speed")
     parser.add_argument("--faults", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
@@ -542,7 +567,8 @@ def soak(args: argparse.Namespace, work: Path, disk: Path | None) -> dict[str, A
         speed = undisturbed(Job(work / "speed", recipe, args.processes, work / "speed.log"), line, 100 * tokens)
         training_share = max(0.3, 1 - 0.7 * STARTING_SECONDS / args.every)
         updates = max(100, round(speed * seconds * training_share))
-    save_every = max(1, round(updates * min(0.25, args.every / 3 / seconds)))
+    parts = seconds / args.every if args.strikes is None else args.strikes + 1
+    save_every = max(1, round(updates / max(4, 3 * parts)))
     hold = args.every / 3
     recipe = work / "recipe.yaml"
     write_recipe(recipe, corpus, size, updates=updates, save_every=save_every)
@@ -563,8 +589,9 @@ def soak(args: argparse.Namespace, work: Path, disk: Path | None) -> dict[str, A
         record["undisturbed_updates_per_second"] = round(undisturbed(reference, line, updates * tokens), 2)
         chance = random.Random(args.seed)
         struck, wall = disturbed(
-            job, Faults(job, corpus, disk, chance), kinds=in_rounds(chance, args.faults), every=args.every, hold=hold,
-            seconds=seconds, line=line, total_tokens=updates * tokens, note=note,
+            job, Faults(job, corpus, disk, chance), kinds=in_rounds(chance, args.faults),
+            timetable=Timetable(args.every, 2 * seconds, args.strikes), hold=hold, line=line,
+            total_tokens=updates * tokens, note=note,
         )  # fmt: skip
     finally:
         line.close()

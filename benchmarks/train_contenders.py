@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import resource
 import statistics
 import sys
 import time
@@ -43,33 +41,38 @@ class Task:
     """A folder for what the run writes."""
 
 
-def resident_bytes() -> int:
-    """Resident bytes of this process, now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def status_bytes(name: str) -> int:
+    """VmRSS (resident now) or VmHWM (the most since it was last reset) of this process in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 class Stopwatch:
-    """Wall and CPU time, resident memory and loss after every update; `start` when all imports are done."""
+    """Wall and CPU time after every step of the optimizer, and the highest resident set; the same for all.
+
+    `start` it when all is imported and no model is built. The losses are the contender's own account of them.
+    """
 
     def __init__(self) -> None:
         self.walls: list[float] = []
         self.cpus: list[float] = []
-        self.memory: list[int] = []
         self.losses: list[float] = []
-        self.before = 0
+        self.before = self.peak = 0
         self.started = 0.0
 
     def start(self) -> None:
         """The moment before the model is built."""
-        self.before, self.started = resident_bytes(), time.perf_counter()
+        from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    def update_done(self, loss: float) -> None:
-        """Call it when an update is complete."""
+        with contextlib.suppress(OSError):  # not on every kernel; then the peak of the imports counts too
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+        self.before, self.started = status_bytes("VmRSS"), time.perf_counter()
+        register_optimizer_step_post_hook(lambda *_: self._update_done())
+
+    def _update_done(self) -> None:
         self.walls.append(time.perf_counter())
         self.cpus.append(time.process_time())
-        self.memory.append(resident_bytes())
-        self.losses.append(loss)
+        self.peak = status_bytes("VmHWM")
 
     def result(self, tokens_per_update: int, skipped: int) -> dict[str, Any]:
         """Medians over the updates after the first `skipped`, whose time is `start_seconds` with all before them."""
@@ -81,7 +84,7 @@ class Stopwatch:
             "tokens_per_second": tokens_per_update / statistics.median(walls),
             "cpu_seconds_per_update": statistics.median(cpus),
             "start_seconds": self.walls[skipped - 1] - self.started - skipped * statistics.median(walls),
-            "memory_bytes": max(self.memory) - self.before,
+            "memory_bytes": self.peak - self.before,
             "losses": self.losses,
         }
 
@@ -98,45 +101,32 @@ def perennial(task: Task, *, precision: str, compiled: bool = False) -> dict[str
     from perennial.core.environment import tune_process
     from perennial.train.recipe import parse_recipe
     from perennial.train.run import start
-    from perennial.train.session import Session
 
     tune_process()
     recipe = json.loads((Path(task.folder) / "recipe.json").read_text(encoding="utf-8"))
     recipe |= {"precision": precision, "compile": compiled}
     watch, out = Stopwatch(), Path(task.out) / "run"
-    record_update = Session.record_update
-
-    def watched(session: Session, update: Any, *rest: Any) -> None:
-        record_update(session, update, *rest)
-        watch.update_done(update.loss)
-
-    Session.record_update = watched  # type: ignore[method-assign]
     watch.start()
     start(parse_recipe(recipe), out, base=Path(task.folder), quiet=True)
-    events = records.read(out / "events.jsonl", "train")[SKIPPED:]
-    data = sum(e["data_seconds"] for e in events) / sum(e["seconds"] + e["data_seconds"] for e in events)
-    return {**watch.result(task.rows * task.length, SKIPPED), "data_share": data}
+    watch.losses = [event["loss"] for event in records.read(out / "events.jsonl", "train")]
+    return watch.result(task.rows * task.length, SKIPPED)
 
 
 def trainer(task: Task, *, bf16: bool, compiled: bool = False) -> dict[str, Any]:
     """Hugging Face Trainer with LlamaForCausalLM; fused AdamW and SDPA are its defaults.
 
-    Best: bf16, and no reading of the loss between updates.
+    Best: bf16 autocast.
     """
     import numpy as np
     import torch
     import torch._dynamo
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     class InOrder(Trainer):
         """Rows in the order of the task."""
 
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            watch.update_done(math.nan)
 
     def rows(batch: list[Any]) -> dict[str, Any]:
         windows = torch.from_numpy(np.stack(batch).astype(np.int64))
@@ -168,7 +158,7 @@ def trainer(task: Task, *, bf16: bool, compiled: bool = False) -> dict[str, Any]
         disable_tqdm=True,
     )
     data = _Windows(windows)
-    built = InOrder(model=model, args=arguments, train_dataset=data, data_collator=rows, callbacks=[Clock()])
+    built = InOrder(model=model, args=arguments, train_dataset=data, data_collator=rows)
     built.train()
     watch.losses = [entry["loss"] for entry in built.state.log_history if "loss" in entry]
     return watch.result(task.rows * task.length, SKIPPED)
@@ -228,14 +218,14 @@ def nanogpt(task: Task, *, bf16: bool, compiled: bool = False) -> dict[str, Any]
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        watch.update_done(loss.item())
+        watch.losses.append(loss.item())
     return watch.result(task.rows * task.length, SKIPPED)
 
 
 def litgpt(task: Task, *, best: bool, compiled: bool = True) -> dict[str, Any]:
     """LitGPT's own `pretrain.main`: Fabric in bf16-mixed, the whole model compiled, AdamW, as it ships.
 
-    Best: fused AdamW. The peer's loop runs as it is; only the clock is hooked onto its optimizer's step.
+    Best: fused AdamW. The peer's loop runs as it is, but for a logger and a last checkpoint.
     """
     import lightning
     import litgpt.pretrain
@@ -243,7 +233,7 @@ def litgpt(task: Task, *, best: bool, compiled: bool = True) -> dict[str, Any]:
     import torch
     import torch._dynamo
     from litgpt import Config
-    from litgpt.args import EvalArgs, LogArgs, TrainArgs
+    from litgpt.args import EvalArgs, TrainArgs
     from litgpt.data import DataModule
 
     shape = task.shape
@@ -293,23 +283,7 @@ def litgpt(task: Task, *, best: bool, compiled: bool = True) -> dict[str, Any]:
     if not compiled:
         torch.compile = lambda model: model  # type: ignore[assignment]
     fabric = lightning.Fabric(devices=1, accelerator="cpu", precision="bf16-mixed")
-    clipped = fabric.clip_gradients
-    log: list[float] = []
-
-    class Mean(litgpt.pretrain.RunningMean):  # type: ignore[name-defined]
-        def update(self, value: Any) -> None:
-            super().update(value)
-            log.append(float(value))
-
-    litgpt.pretrain.RunningMean = Mean
-    del clipped
-    zero_grad = torch.optim.Optimizer.zero_grad
-
-    def timed(optimizer: Any, *rest: Any, **settings: Any) -> None:
-        zero_grad(optimizer, *rest, **settings)
-        watch.update_done(log[-1])
-
-    torch.optim.AdamW.zero_grad = timed  # type: ignore[method-assign]
+    fabric.log_dict = lambda metrics, step=None: watch.losses.append(metrics["loss"])
     settings = {"lr": RATE, "betas": list(BETAS), "weight_decay": DECAY, "fused": best}
     tokens = task.rows * task.length
     if best:
@@ -345,7 +319,6 @@ def litgpt(task: Task, *, best: bool, compiled: bool = True) -> dict[str, Any]:
             eval=EvalArgs(interval=10**9, max_iters=1, initial_validation=False, final_validation=False),
             optimizer={"class_path": "torch.optim.AdamW", "init_args": settings},
         )
-    del LogArgs
     return watch.result(tokens, SKIPPED)
 
 

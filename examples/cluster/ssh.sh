@@ -22,8 +22,8 @@ hosts=(${HOSTS:?"names of the machines, as in HOSTS='node1 node2'"})
 ssh=(${SSH:-ssh})
 passed_on=(OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME ${ENVIRONMENT:-})
 
-# torch 2.13 keeps one store for all attempts, where a new start finds addresses that are gone; saving may take long.
-variables="OMP_WAIT_POLICY=PASSIVE TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"
+# Saving may take longer than the 30 s after which torchrun would kill what it has asked to stop.
+variables="OMP_WAIT_POLICY=PASSIVE TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"
 for name in "${passed_on[@]}"; do
     [[ -v $name ]] && variables+=" $name=$(printf %q "${!name}")"
 done

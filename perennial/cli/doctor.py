@@ -42,6 +42,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from perennial.core.environment import environment, memory_bytes, package_version, tune_process
+    from perennial.train.defaults import defaults
     from perennial.train.precision import matmul_rate, native_precision
 
     tune_process()
@@ -49,6 +50,7 @@ def examine() -> dict[str, Any]:
     facts: dict[str, Any] = {
         **environment(),
         "precision": native_precision(device),
+        "defaults": defaults(device),
         "matmul_flops_per_second": {p: matmul_rate(p, device, seconds=0.3) for p in ("fp32", "bf16")},
         "memory_available_bytes": memory_bytes()["available"],
         "disk_free_bytes": shutil.disk_usage(".").free,
@@ -106,5 +108,7 @@ def _text(facts: dict[str, Any]) -> str:
         "optional": ", ".join(f"{name} {version or '-'}" for name, version in facts["packages"].items()),
     }
     lines = [f"{name:<10} {value}" for name, value in rows.items()]
+    lines += ["", "unless a recipe says otherwise, training takes"]
+    lines += [f"  {name:<13}{choice}" for name, choice in facts["defaults"].items()]
     lines += ["", *(f"advice: {text}" for text in facts["advice"])] if facts["advice"] else ["", "nothing to mend"]
     return "\n".join(lines)

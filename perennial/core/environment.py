@@ -45,15 +45,18 @@ def _keep_freed_memory() -> None:
     Training frees and asks for the same sizes at every update; fresh pages cost a fault and zeroing each. Affects this
     process only; does nothing where the C library is another one.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
+    if can_keep_freed_memory():
+        import ctypes
 
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+        mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, 1 << 30)
+
+
+def can_keep_freed_memory() -> bool:
+    """Whether the C library is glibc, whose malloc `tune_process` asks to keep what is freed."""
+    return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
 
 
 def usable_cores() -> int:
@@ -111,12 +114,22 @@ def thread_settings() -> dict[str, Any]:
     """How many threads torch computes with, and the environment variables that decide it."""
     import torch
 
-    variables = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")
+    variables = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS")
     return {
         "torch": torch.get_num_threads(),
         "cores": usable_cores(),
         **{name: os.environ[name] for name in variables if name in os.environ},
     }
+
+
+def bf16_units() -> list[str]:
+    """What of this CPU multiplies bf16 numbers natively, by the names that processors give them; empty: nothing."""
+    import torch
+
+    # Looked up by name: they are private, and a torch for another processor may not have them.
+    checks = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
+    cpu: Any = torch.cpu
+    return [unit for unit, check in checks.items() if getattr(cpu, check, bool)()]
 
 
 def devices() -> list[dict[str, Any]]:
@@ -145,6 +158,8 @@ def environment() -> dict[str, Any]:
         "memory_bytes": memory_bytes()["total"],
         "devices": devices(),
         "threads": thread_settings(),
+        "bf16_units": bf16_units(),
+        "keeps_freed_memory": can_keep_freed_memory(),
     }
 
 

@@ -20,6 +20,9 @@ from typing import Any
 from perennial.core.errors import UserError
 from perennial.core.files import explain
 
+LASTING = ("resume", "rollback", "set_aside", "save_failed", "hang")
+"""Events that stay when a later resume takes back the stretch they lie in: they tell of faults, not of training."""
+
 
 class Recorder:
     """Appends events to a file; a line torn by a kill is cut off when the file is opened again.
@@ -113,7 +116,7 @@ def read(path: Path, *events: str) -> list[dict[str, Any]]:
         if record["event"] == "restart":
             kept = []
         if record["event"] in ("resume", "rollback"):
-            incidents = ("resume", "rollback", *(["spike"] if record["event"] == "rollback" else []))
+            incidents = (*LASTING, *(["spike"] if record["event"] == "rollback" else []))
             kept = [k for k in kept if k.get("tokens", 0) <= record["tokens"] or k["event"] in incidents]
         kept.append(record)
     return [k for k in kept if not events or k["event"] in events]

@@ -18,7 +18,7 @@ the sizes of its shards are looked up: to touch a map beyond the end of its file
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Split:
         self.separator_id = separator_id
         self.path = corpus
         self._shards: list[str] = list(facts["shards"])
+        self._paths = [str(corpus / f"{shard}.ds") for shard in self._shards]
         self._dtype = dtype
         self._patience = patience or Patience(0.0)
         sizes = [(corpus / f"{shard}.ds").stat().st_size // dtype.itemsize for shard in self._shards]
@@ -131,14 +132,16 @@ class Split:
         """Returns when the shards of these stretches can be read in full; raises Unreadable when patience ends."""
         first = np.searchsorted(self._starts, np.maximum(starts - 1, 0), side="right") - 1
         last = np.searchsorted(self._starts, np.maximum(stops - 1, 0), side="right") - 1
-        shards = {shard for a, b in zip(first.tolist(), last.tolist(), strict=True) for shard in range(a, b + 1)}
+        shards = set(first.tolist()).union(last.tolist())
+        for index in np.flatnonzero(last - first > 1).tolist():
+            shards.update(range(first[index], last[index]))
         self._patience.attempt(lambda: self._expect_whole(shards), passes=may_come_back)
 
-    def _expect_whole(self, shards: set[int]) -> None:
+    def _expect_whole(self, shards: Iterable[int]) -> None:
         """Raises Unreadable when one is not there in full; one that was put back as another file is mapped anew."""
         self._arrays()
         for shard in shards:
-            if self._identity(self._path(shard).stat(), shard) != self._mapped[shard]:
+            if self._identity(os.stat(self._paths[shard]), shard) != self._mapped[shard]:  # noqa: PTH116 (is fast)
                 self._maps = None
                 self._arrays()
 
@@ -146,11 +149,8 @@ class Split:
         """What tells a shard's file from another of the same name. Raises Unreadable when its length is wrong."""
         size = int(self._starts[shard + 1] - self._starts[shard]) * self._dtype.itemsize
         if found.st_size != size:
-            raise Unreadable(f"{self._path(shard)}: the shard has {found.st_size} bytes, it should have {size}")
+            raise Unreadable(f"{self._paths[shard]}: the shard has {found.st_size} bytes, it should have {size}")
         return found.st_dev, found.st_ino
-
-    def _path(self, shard: int) -> Path:
-        return self.path / f"{self._shards[shard]}.ds"
 
     def document_ends(self) -> NDArray[np.uint64]:
         """Where each document ends in the stream (exclusive, its separator included)."""
@@ -190,7 +190,7 @@ class Split:
         return self._maps
 
     def _map(self, shard: int) -> tuple[NDArray[Any], tuple[int, int]]:
-        with open(self._path(shard), "rb") as file:
+        with open(self._paths[shard], "rb") as file:
             found = os.fstat(file.fileno())
             identity = self._identity(found, shard)
             tokens = np.memmap(file, self._dtype, mode="r") if found.st_size else np.empty(0, self._dtype)

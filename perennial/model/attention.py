@@ -27,6 +27,9 @@ from perennial.model.document_attention import (
 )
 from perennial.model.operations import runs_by_hand
 
+_FLASH = (torch.bfloat16, torch.float16)
+"""What flash kernels take."""
+
 AttentionMask = Tensor | BlockedMask | None
 """What `attention_mask` makes and `attention` takes. None: every query sees all the past."""
 
@@ -80,13 +83,18 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: AttentionMas
     is_whole = q_BTHK.shape[1] == k_BSGK.shape[1]
     if is_whole and runs_by_hand(q_BTHK):
         return _in_blocks(q_BTHK, k_BSGK, v_BSGK, mask)
+    is_grouped = q_BTHK.shape[2] != k_BSGK.shape[2]
+    if is_grouped and q_BTHK.device.type != "cpu" and q_BTHK.dtype not in _FLASH:
+        # Only flash kernels share keys; without this, 32 bits would take the plain formula with all scores in memory.
+        shared_by, is_grouped = q_BTHK.shape[2] // k_BSGK.shape[2], False
+        k_BSGK, v_BSGK = (x.repeat_interleave(shared_by, dim=2) for x in (k_BSGK, v_BSGK))
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
         v_BSGK.transpose(1, 2),
         attn_mask=None if mask is None else mask[:, None],
         is_causal=mask is None and is_whole,
-        enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
+        enable_gqa=is_grouped,
     )
     return out_BHTK.transpose(1, 2)
 
@@ -136,7 +144,7 @@ class _AttentionOnCpu(torch.autograd.Function):
             return *torch.autograd.grad(out, (q, k, v), d_out, create_graph=True), None
         d_out = d_out.contiguous()
         scale, dq, dk, dv = q.shape[-1] ** -0.5, torch.empty_like(q), None, None
-        for block, (start, stop, rows) in reversed(list(enumerate(_blocks(q, k)))):  # the last one sees all the keys
+        for start, stop, rows in reversed(_blocks(q, k)):  # the last one sees all the keys
             weights = kept.pop() if kept else _weights(q, k, mask_BTT, start, stop, rows)
             d_weights = torch.bmm(d_out[:, rows], v[:, :stop].transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)

@@ -51,6 +51,11 @@ _KEPT = (
 """Matrix products and attention, by the names of torch's operators."""
 
 
+_VARIANTS = 32
+"""Most variants of a layer that are compiled, above which torch goes on uncompiled: kinds of layers (with rotary
+positions or not, with a window or not) x training or measuring x micro-batches of one, of the same and of any size."""
+
+
 def layers_of(model: AnyModel) -> list[nn.Module]:
     """The layers that most of a model's parameters are in, in order; empty where there is no list of layers."""
     if isinstance(model, Transformer):
@@ -80,6 +85,9 @@ def compile_layers(model: AnyModel, *, backend: str = "inductor") -> None:
 
     Layers of one kind share what is compiled, so that compiling takes as long for one layer as for a hundred.
     """
+    import torch._dynamo.config as compiler  # not before somebody compiles: it is 90 MB of code
+
+    compiler.recompile_limit = max(compiler.recompile_limit, _VARIANTS)
     layers = layers_of(model)
     if not layers:
         model.compile(backend=backend)

@@ -39,14 +39,15 @@ Checkpointing = Literal["none", "selective", "full"]
 
 _FP32, _BF16, _INT64 = 4, 2, 8
 
-CPU_PROCESS_BYTES = 320 << 20
+CPU_PROCESS_BYTES = 340 << 20
 """Resident set of a process that has loaded the interpreter, torch and an optimizer, before there is a model."""
 GPU_PROCESS_BYTES = 600 << 20
 """Taken on the GPU by CUDA itself: context, kernels, the matrix library's workspace. Assumption: to be measured."""
-UNUSABLE_SHARE = {"one": 0.55, "several": 0.85}
-"""Freed memory that glibc's allocator holds at the fullest moment, as a share of what an update takes and gives back,
-by the number of micro-batches of an update. Aligned blocks are cut out of larger ones, so that a freed block is a
-little too small for the next tensor of its size; with several micro-batches gradients lie between the others."""
+UNUSABLE_SHARE = {"fp32": 0.50, "bf16": 0.48, "several": 1.0, "selective": 0.30, "full": 1.65, "spread": 1.0}
+"""Freed memory that glibc's allocator holds at the fullest moment, as a share of what an update takes and gives back:
+with one micro-batch, by precision; with several; and so much more with activation checkpointing or a sharded model.
+Aligned blocks are cut out of larger ones, so that a freed block is a little too small for the next tensor of its size;
+gradients, gathered layers and layers that are computed again lie between the others."""
 EVALUATION_TOKENS = 8192
 """Tokens of an evaluation's batch (`evals.loss`)."""
 
@@ -149,17 +150,17 @@ def kept_by_layer(config: ModelConfig, training: Training) -> list[Kept]:
     D, F, Q, S, N = _sizes(config, training)
     rows, T = training.rows, training.sequence_length
     c = _BF16 if training.precision == "bf16" else _FP32
-    heads = Q // config.head_width
+    heads, by_hand = Q // config.head_width, _by_hand(config, training)
     scale, scale_shape = (1, "N") if config.norm == "rms" else (2, "N x 2")
     stream = _FP32 if config.norm_position == "before" else c
     kept = [
         Kept("stream that the first norm reads", "N x D", stream * N * D),
         Kept("scale of the first norm", scale_shape, _FP32 * scale * N),
-        Kept("what q, k and v are made of", "N x D", c * N * D, for_weights=True),
+        Kept("what q, k and v are made of", "N x D", c * N * D, for_weights=not by_hand.inputs),
         Kept("queries, keys, values", "N x (Q + 2 S)", c * N * (Q + 2 * S)),
-        Kept("output of the heads", "N x Q", c * N * Q, for_weights=True),
+        Kept("output of the heads", "N x Q", c * N * Q, for_weights=not by_hand.output),
         Kept("scale of the second norm", scale_shape, _FP32 * scale * N),
-        Kept("what the feed-forward part reads", "N x D", c * N * D, for_weights=True),
+        Kept("what the feed-forward part reads", "N x D", c * N * D, for_weights=not by_hand.feed_forward),
     ]
     if not config.parallel_residual:
         kept.append(Kept("stream that the second norm reads", "N x D", stream * N * D))
@@ -171,13 +172,30 @@ def kept_by_layer(config: ModelConfig, training: Training) -> list[Kept]:
         kept.append(Kept("log of each query's sum", "N x heads", _FP32 * N * heads))
     elif keeps_weights(T):
         kept.append(Kept("attention weights", "B x heads x scores", c * rows * heads * num_scores(T)))
-    if config.gated_mlp:
-        kept.append(Kept("gate and up", "N x 2 F", 2 * c * N * F))
-        kept.append(Kept("activated gate", "N x F", c * N * F))
-    else:
-        kept.append(Kept("up", "N x F", c * N * F))
-    kept.append(Kept("what is projected down", "N x F", c * N * F, for_weights=True))
+    kept.append(Kept("gate and up" if config.gated_mlp else "up", "N x F each", c * N * F * (1 + config.gated_mlp)))
+    if not by_hand.feed_forward:
+        if config.gated_mlp:
+            kept.append(Kept("activated gate", "N x F", c * N * F))
+        kept.append(Kept("what is projected down", "N x F", c * N * F, for_weights=True))
     return kept
+
+
+@dataclass(frozen=True)
+class _ByHand:
+    """Which parts of a layer run as functions of their own on a CPU (`operations`), which keep less than torch's."""
+
+    inputs: bool
+    """The projections to queries, keys and values."""
+    output: bool
+    """The projection of the heads' output."""
+    feed_forward: bool
+
+
+def _by_hand(config: ModelConfig, training: Training) -> _ByHand:
+    """Matrices without biases, and the gated feed-forward part with SiLU."""
+    on_cpu = training.device == "cpu"
+    is_swiglu = config.gated_mlp and config.activation == "silu" and not config.mlp_bias
+    return _ByHand(on_cpu and not config.qkv_bias, on_cpu and not config.output_bias, on_cpu and is_swiglu)
 
 
 def kept_of_products(config: ModelConfig, training: Training) -> list[Kept]:
@@ -228,19 +246,31 @@ def _layer_bytes(config: ModelConfig, training: Training) -> int:
 
 
 def _mask_bytes(config: ModelConfig, training: Training) -> int:
-    """One byte per pair of positions, for each kind of mask: of each row for documents, else one for windows."""
+    """One byte per pair of positions, for each kind of mask: of each row for documents, else one for windows.
+
+    On a GPU the mask is a list of blocks (FlexAttention): four tables of 4 bytes for each pair of blocks.
+    """
     T = training.sequence_length
+    size = T * T if training.device == "cpu" else 4 * 4 * math.ceil(T / BLOCK) ** 2
     windows = {config.window_of(number) for number in range(config.layers)}
     if training.document_mask:
-        return len(windows) * training.rows * T * T
-    return sum(T * T for window in windows if window is not None and window < T)
+        return len(windows) * training.rows * size
+    return sum(size for window in windows if window is not None and window < T)
 
 
 def weight_copy_bytes(config: ModelConfig, training: Training) -> int:
-    """Bytes of the layers' matrices in bf16 under autocast; none where sharding gathers them in bf16."""
+    """Bytes of the layers' matrices in bf16 that the backward pass needs; none where sharding gathers them in bf16.
+
+    What runs by hand on a CPU makes them anew.
+    """
     if training.precision != "bf16" or training.layout.shards > 1:
         return 0
-    return _BF16 * _local_counts(config, Layout(tensor=training.layout.tensor))["matrix"]
+    D, F, Q, S, _ = _sizes(config, training)
+    by_hand = _by_hand(config, training)
+    copied = 0 if by_hand.inputs else D * (Q + 2 * S)
+    copied += 0 if by_hand.output else D * Q
+    copied += 0 if by_hand.feed_forward else D * F * (2 + config.gated_mlp)
+    return _BF16 * config.layers * copied
 
 
 # What the process holds all the time
@@ -321,7 +351,9 @@ def _with_process(memory: Memory, training: Training, process_bytes: int | None)
         process = GPU_PROCESS_BYTES if process_bytes is None else process_bytes
         return replace(memory, data=2 * 2 * _INT64 * tokens, process=process)
     passing = memory.total - memory.parameters - memory.optimizer
-    share = UNUSABLE_SHARE["one" if training.micro_batches == 1 else "several"]
+    share = UNUSABLE_SHARE[training.precision if training.micro_batches == 1 else "several"]
+    share += UNUSABLE_SHARE.get(training.checkpointing, 0.0)
+    share += UNUSABLE_SHARE["spread"] if training.layout.is_spread else 0.0
     return replace(
         memory,
         data=2 * _INT64 * tokens,
@@ -346,33 +378,51 @@ def _moments(config: ModelConfig, training: Training, gradients: int, *, is_nati
     if training.checkpointing != "none":  # autocast's copies go with the forward pass, each layer makes its own again
         in_backward = {**kept, "weight_copies": kept["weight_copies"] // config.layers}
     before = gradients if training.micro_batches > 1 or training.layout.replicas > 1 else 0
-    by_shards, root = _communication(config, training)
-    in_layers = {"working": stream + _layer_working(config, training), "communication": by_shards}
-    waiting = (
-        table if config.tied_embeddings or not before else 0
-    )  # the head's gradient, until the embedding's is there
-    whole_tables = 0 if training.layout.shards == 1 else table
+    sent = _communication(config, training, gradients)
+    working = stream + _layer_working(config, training)
+    # The head's gradient; where the embedding is the head, it waits until the embedding's is there.
+    waiting = table if config.tied_embeddings or not before else 0
     return {
-        "loss": {**kept, "gradients": before, "loss": hidden + _loss_bytes(config, training), "communication": root},
+        "loss": {
+            **kept,
+            "gradients": before,
+            "loss": hidden + _loss_bytes(config, training),
+            "communication": sent.outside,
+        },
         "beginning of the backward pass": {
             **in_backward,
             "gradients": before,
             "loss": 2 * (hidden + table),
-            "communication": root,
+            "communication": sent.outside,
         },
-        "backward pass of the last layer": {**in_backward, "gradients": before + matrix, "loss": waiting, **in_layers},
+        "backward pass of the last layer": {
+            **in_backward,
+            "gradients": before + matrix,
+            "loss": waiting,
+            "working": working,
+            "communication": sent.first_layer,
+        },
+        "backward pass of the last layer but one": {
+            **in_backward,
+            "activations": in_backward["activations"] - layer,
+            "gradients": before + matrix if before else matrix + of_layer,
+            "loss": waiting,
+            "working": working,
+            "communication": sent.layers,
+        },
         "backward pass of the first layer": {
             "weight_copies": kept["weight_copies"] // config.layers,
             "activations": layer,
             "gradients": before + matrix if before else max(0, gradients - table - of_layer),
             "loss": waiting,
-            **in_layers,
+            "working": working,
+            "communication": sent.layers,
         },
         "end of the backward pass": {
             "gradients": gradients,
-            "loss": table + (table if before and config.tied_embeddings else 0) + whole_tables,
+            "loss": table * (1 + bool(before and config.tied_embeddings) + training.layout.is_spread),
             "working": stream,
-            "communication": root,
+            "communication": sent.outside,
         },
         **({"evaluation": _evaluation(config, training, gradients)} if training.evaluates else {}),
     }
@@ -381,13 +431,13 @@ def _moments(config: ModelConfig, training: Training, gradients: int, *, is_nati
 def _loss_bytes(config: ModelConfig, training: Training) -> int:
     """Gradients of hidden states and head, and what `objectives.next_token` needs for one chunk of tokens.
 
-    A chunk's logits and their softmax in fp32; in bf16 also the product itself, a copy of the head, and the chunk's
-    part of the head's gradient, first as it was multiplied and then in fp32.
+    A chunk's logits in fp32, in whose place their softmax comes; in bf16 also the product itself, a copy of the head,
+    and the chunk's part of the head's gradient, first as it was multiplied and then in fp32.
     """
     D, _, _, _, N = _sizes(config, training)
     c = _BF16 if training.precision == "bf16" else _FP32
     table, chunk = config.vocabulary_size * D, min(training.chunk_tokens, N)
-    needed = c * N * D + _FP32 * table + chunk * (2 * _FP32 * config.vocabulary_size + 2 * c * D)
+    needed = c * N * D + _FP32 * table + chunk * (_FP32 * config.vocabulary_size + 2 * c * D)
     if training.precision == "bf16":
         needed += 2 * _BF16 * table + _FP32 * table + _BF16 * chunk * config.vocabulary_size
     return needed
@@ -396,9 +446,10 @@ def _loss_bytes(config: ModelConfig, training: Training) -> int:
 def _layer_working(config: ModelConfig, training: Training) -> int:
     """What one layer's backward pass needs beyond what was kept for it: the larger of its two parts, fed first.
 
-    Feed-forward part: gradients of its input and of two of its inner tensors, one kept tensor being free by then, and
-    in bf16 of a matrix. Attention: gradients of output, queries, keys and values, and of the weights of a block of
-    queries; what the feed-forward part, its norm and the output projection kept is free by then.
+    Feed-forward part: gradients of its input and of two of its inner tensors, one kept tensor being free by then (by
+    hand: three), and in bf16 of a matrix. Attention: gradients of output (two of them), queries, keys and values, and
+    of the weights of a block of queries; what the feed-forward part, its norm and the output projection kept is free
+    by then. With checkpointing: all that a layer keeps, and the stream between its parts.
     """
     D, F, Q, S, N = _sizes(config, training)
     rows, T = training.rows, training.sequence_length
@@ -407,13 +458,14 @@ def _layer_working(config: ModelConfig, training: Training) -> int:
     rounded = _BF16 * D * F if training.precision == "bf16" else 0
     feed_forward = c * N * (D + inner // 2 * F) + rounded
     stream = 0 if config.parallel_residual else (_FP32 if config.norm_position == "before" else c) * N * D
-    attention = c * N * (Q + 2 * S - inner * F - D) - stream
+    attention = c * N * (2 * Q + 2 * S - inner * F - D) - stream
     if training.device == "cpu":  # those of the block before are let go of when the next ones are there
         size, length = c * rows * config.heads * min(BLOCK, T), T - min(BLOCK, T)
         attention += size * (2 * T + length if keeps_weights(T) else 2 * T + 3 * length)
     again = 0
     if training.checkpointing != "none":  # the layer's tensors are all there once more
         again = _layer_bytes(config, replace(training, checkpointing="none")) - _layer_bytes(config, training)
+        again += _FP32 * N * D
     return again + max(feed_forward, attention)
 
 
@@ -427,33 +479,46 @@ def _evaluation(config: ModelConfig, training: Training, gradients: int) -> dict
     if training.device == "cpu":
         scores = num_scores(T) if keeps_weights(T) else 2 * min(BLOCK, T) * T
         attention += c * there.rows * config.heads * scores
-    layer = (_FP32 + c) * N * D + max(3 * c * N * F, attention)
-    chunk = min(training.chunk_tokens, N) * V * (2 * _FP32 + (_BF16 if c == _BF16 else 0))
+    inner = 4 if _by_hand(config, there).feed_forward else 3
+    layer = (_FP32 + c) * N * D + max(inner * c * N * F, attention)
+    chunk = min(training.chunk_tokens, N) * V * (_FP32 + (_BF16 if c == _BF16 else 0))
     loss = c * N * D + chunk + (_BF16 * V * D if c == _BF16 else 0)
-    by_shards, root = _communication(config, training)
     parts = {
         "gradients": gradients,
         "weight_copies": weight_copy_bytes(config, training),
-        "communication": by_shards + root,
+        "communication": _communication(config, training, 0).first_layer,
     }
     return {**parts, "working": layer} if layer > loss else {**parts, "loss": loss}
 
 
-def _communication(config: ModelConfig, training: Training) -> tuple[int, int]:
-    """Bytes of (gathered layers and their gradients, gathered embedding and head) on one process.
+@dataclass(frozen=True)
+class _Communication:
+    """Bytes for what processes exchange, outside the layers and while layers are at work."""
 
-    FSDP2 holds two layers whole (the one at work and the next), the buffer that a third arrives in, and in the
-    backward pass a layer's gradients and the buffer that they are sent from; the embedding and head, the root of the
-    model, stay whole from the forward to the end of the backward pass. DDP sends its buckets from the gradients.
+    outside: int
+    first_layer: int
+    """In the backward pass of the first layer that comes (the last one), when no gradients are being sent yet."""
+    layers: int
+
+
+def _communication(config: ModelConfig, training: Training, gradients: int) -> _Communication:
+    """What DDP and FSDP2 hold beside a process's own part of weights and gradients.
+
+    FSDP2: embedding and head, gathered from the forward to the end of the backward pass, with several micro-batches
+    twice; the layer at work and the one that arrives; in the backward pass a layer's gradients and the buffer that
+    they are sent from. DDP's gradients lie in the buckets that it sends, but with several micro-batches those of all
+    but the last are beside them.
     """
-    if training.layout.shards == 1:
-        return 0, 0
-    counts = _local_counts(config, Layout(tensor=training.layout.tensor))
+    layout = training.layout
+    if not layout.is_spread:
+        buckets = gradients if layout.replicas > 1 and training.micro_batches > 1 else 0
+        return _Communication(buckets, buckets, buckets)
+    counts = _local_counts(config, Layout(tensor=layout.tensor))
     tables = counts["embedding"] + counts.get("head", 0)
-    c = _BF16 if training.precision == "bf16" else _FP32
+    c = _BF16 if training.precision == "bf16" and layout.shards > 1 else _FP32
     layer = (sum(counts.values()) - tables) // config.layers
-    root = _FP32 * tables
-    return root + layer * (3 * c + c + _FP32), root
+    root = _FP32 * tables * (1 if training.micro_batches == 1 else 2)
+    return _Communication(root + c * layer, root + 2 * c * layer, root + (3 * c + _FP32) * layer)
 
 
 # Models through transformers

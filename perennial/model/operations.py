@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def runs_by_hand(*tensors: Tensor) -> bool:
-    """Whether the CPU functions below apply: eager execution on a CPU, of plain tensors (not, say, distributed ones)."""
+    """Whether the CPU functions below apply: eager execution on a CPU, of plain tensors (not distributed ones)."""
     return not torch.compiler.is_compiling() and all(
         tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter) for tensor in tensors
     )

@@ -24,7 +24,7 @@ from perennial.model import roles
 from perennial.model.attention import AttentionMask, attention, attention_mask
 from perennial.model.cache import KeyValueCache, LayerCache
 from perennial.model.config import Activation, ModelConfig
-from perennial.model.operations import compute_dtype, layer_norm, rms_norm, rotate
+from perennial.model.operations import compute_dtype, layer_norm, products, rms_norm, rotate, silu_gated_mlp
 from perennial.model.placement import assign
 from perennial.model.rope import rotary_table
 
@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x_BTD: Tensor, table: Tensor | None, mask: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
-        q, k, v = (project(x_BTD) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = _projected(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         if self.q_norm is not None and self.k_norm is not None and not self.norms_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         q_BTHK, k_BTGK, v_BTGK = (projected.unflatten(-1, (-1, self.head_width)) for projected in (q, k, v))
@@ -119,8 +119,20 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k_BTGK, v_BTGK = cache.extended(k_BTGK, v_BTGK)
         out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, mask)
-        projected: Tensor = self.o_proj(out_BTHK.flatten(2))
-        return projected
+        return _projected(out_BTHK.flatten(2), self.o_proj)[0]
+
+
+def _projected(x_BTD: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
+    """What each of the projections makes of x."""
+    if all(_is_plain(projection) for projection in projections):
+        return products(x_BTD, *(projection.weight for projection in projections))
+    return tuple(projection(x_BTD) for projection in projections)
+
+
+def _is_plain(projection: nn.Linear) -> bool:
+    """Whether it is its weight and nothing else: no bias, no adapter in its place and no hook on it."""
+    has_hooks = projection._forward_hooks or projection._forward_pre_hooks
+    return type(projection) is Linear and projection.bias is None and not has_hooks
 
 
 class Mlp(nn.Module):
@@ -135,9 +147,14 @@ class Mlp(nn.Module):
         self.gate_proj = Linear(D, F_, bias=bias) if config.gated_mlp else None
         self.up_proj = Linear(D, F_, bias=bias)
         self.down_proj = Linear(F_, D, bias=bias)
+        self.is_swiglu = config.gated_mlp and config.activation == "silu"
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.is_swiglu and self.gate_proj is not None:
+            matrices = (self.gate_proj, self.up_proj, self.down_proj)
+            if all(_is_plain(matrix) for matrix in matrices):
+                return silu_gated_mlp(x_BTD, *(matrix.weight for matrix in matrices))
         up = self.up_proj(x_BTD)
         inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x_BTD)) * up
         out_BTD: Tensor = self.down_proj(inner)

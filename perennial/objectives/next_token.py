@@ -63,7 +63,12 @@ class NextToken(Objective):
             return nats, (targets != IGNORED).sum()
 
     def _chunk(self, states: torch.Tensor) -> int:
-        return self.chunk_tokens or (_CPU_CHUNK if states.device.type == "cpu" else _DEVICE_CHUNK)
+        return self.chunk_tokens or default_chunk(states.device.type)
+
+
+def default_chunk(device_type: str) -> int:
+    """Tokens whose logits exist at once on such a device, unless `chunk_tokens` says otherwise."""
+    return _CPU_CHUNK if device_type == "cpu" else _DEVICE_CHUNK
 
 
 def _flat(model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +109,6 @@ def _sums(
     # Buffers are reused over the chunks: fresh pages would cost more than the arithmetic.
     product = torch.empty(rows, len(weight), dtype=dtype, device=hidden.device)
     logits = product if dtype == exact else torch.empty_like(product, dtype=exact)
-    shares = torch.empty_like(logits)
     nats = torch.zeros((), dtype=exact, device=hidden.device)
     squares = torch.zeros_like(nats)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -116,8 +120,9 @@ def _sums(
             target = target.where(counted, 0)
             z = torch.mm(states, weight.T, out=product[: len(states)])
             z = z if logits is product else logits[: len(states)].copy_(z)
-            p, log_z = _softmax(z, out=shares[: len(states)])
-            nats += ((log_z - z.gather(1, target)) * counted).sum()
+            z_target = z.gather(1, target)
+            p, log_z = _softmax(z)
+            nats += ((log_z - z_target) * counted).sum()
             if z_loss:
                 squares += (log_z.square() * counted).sum()
             if grad_hidden is None and grad_weight is None:
@@ -140,17 +145,19 @@ def _sums_of_logits(
 
     exact = torch.promote_types(logits.dtype, torch.float32)
     rows = max(1, min(chunk, len(targets)))
-    shares = torch.empty(rows, logits.shape[-1], dtype=exact, device=logits.device)
+    wide = torch.empty(rows, logits.shape[-1], dtype=exact, device=logits.device)
     nats = torch.zeros((), dtype=exact, device=logits.device)
     squares = torch.zeros_like(nats)
     with torch.autocast(logits.device.type, enabled=False):
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            z, target = logits[part].to(exact), targets[part].unsqueeze(1)
+            target = targets[part].unsqueeze(1)
+            z = wide[: len(target)].copy_(logits[part])
             counted = target != IGNORED
             target = target.where(counted, 0)
-            p, log_z = _softmax(z, out=shares[: len(z)])
-            nats += ((log_z - z.gather(1, target)) * counted).sum()
+            z_target = z.gather(1, target)
+            p, log_z = _softmax(z)
+            nats += ((log_z - z_target) * counted).sum()
             if z_loss:
                 squares += (log_z.square() * counted).sum()
             if grad is not None:
@@ -158,13 +165,15 @@ def _sums_of_logits(
     return nats, squares
 
 
-def _softmax(z: torch.Tensor, *, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(p, ln Z) of logits (N, V); p lies in `out`, ln Z is (N, 1)."""
+def _softmax(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(p, ln Z) of logits (N, V); p may lie where they were, ln Z is (N, 1)."""
     import torch
 
-    p = torch.softmax(z, dim=-1, out=out)
+    largest = z.amax(dim=-1, keepdim=True)
+    # torch's kernel for a CPU reads an element before it writes it; for others nothing is known.
+    p = torch.softmax(z, dim=-1, out=z if z.device.type == "cpu" else None)
     # The largest share is at least 1 / V, so its logarithm is safe where that of the target's may not be.
-    return p, z.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log()
+    return p, largest - p.amax(dim=-1, keepdim=True).log()
 
 
 def _grad_logits(p: torch.Tensor, log_z: torch.Tensor, target: torch.Tensor, z_loss: float) -> torch.Tensor:

@@ -21,8 +21,11 @@ from perennial.core.lineage import LINEAGE_FILE, STATE_FOLDER
 EVENTS = "events.jsonl"
 RESOLVED = "resolved.json"
 RECIPE = "recipe.yaml"
-_MEASURED = ("tokens", "loss", "rate", "flops", "gradient_norm", "tokens_per_second", "mfu", "memory_bytes")
-_INCIDENTS = ("spike", "rollback", "resume", "restart", "stop")
+_MEASURED = (
+    *("tokens", "loss", "rate", "flops", "gradient_norm", "tokens_per_second", "mfu", "memory_bytes"),
+    *("straggler_seconds", "straggler", "sent_bytes"),
+)
+_INCIDENTS = ("spike", "rollback", "resume", "restart", "stop", "set_aside", "save_failed", "hang")
 
 
 @dataclass(frozen=True)

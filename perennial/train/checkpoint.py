@@ -3,6 +3,7 @@
     checkpoints/<tokens>/config.json, model.safetensors, tokenizer files, generation_config.json
                          README.md and licence files, carried on from the parent
                          perennial/state.json, optimizer.safetensors, lineage.json, manifest.json (hashes, written last)
+                         perennial/workers/, communication.safetensors of workers that train apart (see `apart`)
 
 Everything is written and synced under a temporary name, then renamed; a kill at any instant leaves the checkpoints that
 were there and perhaps a temporary folder, which the next start removes.
@@ -32,6 +33,8 @@ from perennial.model.inspection import weights_id
 from perennial.model.placement import is_spread
 from perennial.model.storage import MAX_SHARD_BYTES
 from perennial.model.through_transformers import AnyModel
+from perennial.train.apart import FOLDER as WORKERS
+from perennial.train.apart import SHARED, Own, Replicas, workers_of
 from perennial.train.full_weights import FOLDER, full_content, load_full_weights
 from perennial.train.saving import Crew
 from perennial.train.state import Progress
@@ -58,6 +61,8 @@ class Snapshot:
     recipe_hash: str
     tokenizer: TokenizerFolder
     companions: Companions
+    own: Own | None = None
+    """What this process's worker has of its own, where workers train apart."""
 
 
 def snapshot(model: AnyModel, moments: Mapping[str, Tensor], *, crew: Crew, copies: bool, **known: Any) -> Snapshot:
@@ -73,6 +78,7 @@ def snapshot(model: AnyModel, moments: Mapping[str, Tensor], *, crew: Crew, copi
         content = content.held(max_shard_bytes=MAX_SHARD_BYTES, **share)
         full = full and full.held(max_shard_bytes=MAX_SHARD_BYTES, **share)
     if copies:
+        known["own"] = own.copied() if (own := known.get("own")) else None
         moments = {name: tensor.detach().clone() for name, tensor in moments.items()}
     return Snapshot(content, full, moments, **known)
 
@@ -91,6 +97,8 @@ def save(checkpoints: Path, taken: Snapshot, crew: Crew) -> Path:
         crew.main(lambda: _made_anew(state, temporary))
         crew.all(lambda: _write_weights(temporary, taken, crew))
         save_tensors(state, MOMENTS, taken.moments, group=crew.group)
+        if taken.own is not None:
+            taken.own.save(temporary, crew.all, crew.group)
         crew.main(lambda: _complete(temporary, final, taken))
     except BaseException as error:
         if crew.process == 0:
@@ -191,18 +199,33 @@ def put_back_weights(model: AnyModel, checkpoint: Path, device: torch.device) ->
 
 def load_moments(checkpoint: Path, model: AnyModel, crew: Crew) -> dict[str, Tensor]:
     """The optimizer's state that a checkpoint holds, spread as the parameters are; empty when it holds none."""
-    state = checkpoint / STATE_FOLDER
+    return _load_beside(model, checkpoint / STATE_FOLDER, MOMENTS, crew.group)
+
+
+def load_own(checkpoint: Path, model: AnyModel, replicas: Replicas, crew: Crew) -> Own:
+    """What a checkpoint holds of workers that train apart; of this one nothing when there were more or fewer then."""
+    state, number, group = checkpoint / STATE_FOLDER, replicas.own, replicas.group
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    if workers_of(checkpoint) == replicas.number:
+        weights = _load_beside(model, state / WORKERS, f"weights-{number}", group)
+        moments = _load_beside(model, state / WORKERS, f"moments-{number}", group)
+    return Own(number, group, weights, moments, _load_beside(model, state, SHARED, crew.group))
+
+
+def _load_beside(model: AnyModel, folder: Path, name: str, group: Any) -> dict[str, Tensor]:
+    """Stored tensors of which each has the name of a parameter, or '{parameter}.{key}', spread as that is."""
     parameters = dict(model.named_parameters())
-    moments = {}
-    for part in stored_parts(state, MOMENTS):
-        parameter = parameters.get(part.tensor.rpartition(".")[0])
+    tensors = {}
+    for part in stored_parts(folder, name):
+        parameter = parameters.get(part.tensor, parameters.get(part.tensor.rpartition(".")[0]))
         if parameter is not None and is_spread(parameter) and parameter.shape == part.whole:
-            moments[part.tensor] = torch.empty_like(parameter, dtype=part.dtype, requires_grad=False)
+            tensors[part.tensor] = torch.empty_like(parameter, dtype=part.dtype, requires_grad=False)
         else:
-            moments[part.tensor] = torch.empty(part.whole, dtype=part.dtype)
-    if moments:
-        load_tensors(state, MOMENTS, moments, group=crew.group)
-    return moments
+            tensors[part.tensor] = torch.empty(part.whole, dtype=part.dtype)
+    if tensors:
+        load_tensors(folder, name, tensors, group=group)
+    return tensors
 
 
 def load_progress(checkpoint: Path, recipe_hash: str) -> Progress:

@@ -28,6 +28,7 @@ from perennial.core.errors import UserError
 from perennial.core.progress import Progress
 from perennial.train import workers
 from perennial.train.cluster_advice import advice
+from perennial.train.meeting import fresh_store
 
 _CONNECT_SECONDS, _SEEN_SECONDS = 60.0, 5.0
 _ENOUGH_SECONDS = 0.25  # what one transfer should last to be measured well
@@ -122,10 +123,13 @@ def _join(device: torch.device) -> Any:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=timedelta(seconds=_CONNECT_SECONDS))
+        limit, rank, size = timedelta(seconds=_CONNECT_SECONDS), workers.rank(), workers.world_size()
+        store = fresh_store(rank, size, limit)
+        place = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+        dist.init_process_group(backend, timeout=limit, **place)
         control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
         dist.barrier(group=control)
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         raise UserError(
             f"the processes did not find each other: {str(error).strip().splitlines()[0]}\nMachines must reach each "
             "other on every port. Where a machine has several networks, name the one to use in GLOO_SOCKET_IFNAME and "

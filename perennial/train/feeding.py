@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,16 @@ from torch import Tensor
 
 from perennial.data.loader import Batch
 from perennial.objectives.base import IGNORED
-from perennial.train.step import TorchBatch
+
+
+@dataclass(frozen=True)
+class TorchBatch:
+    """A batch (or a part of one) as tensors: inputs and targets (B, T) int64, segments (B, T) int32 or None."""
+
+    inputs: Tensor
+    targets: Tensor
+    segments: Tensor | None
+
 
 _SLOTS = 3
 """Buffers of the ring: one being filled, one being copied, one to spare, so that the host does not wait for a copy."""

@@ -47,9 +47,9 @@ def check_launch(processes: int, max_restarts: int | None = None) -> None:
     if max_restarts is not None and max_restarts < 0:
         raise UserError(f"--max-restarts {max_restarts}: must be 0 or more")
     if workers.under_torchrun():
-        size = os.environ.get("WORLD_SIZE", "1")
         raise UserError(
-            f"--processes {processes}: this is already one of {size} processes that torchrun started; leave it out"
+            f"--processes {processes}: this is already one of {workers.world_size()} processes that torchrun started; "
+            "leave it out"
         )
     import torch
 
@@ -69,8 +69,8 @@ def run_processes(arguments: Sequence[str], *, processes: int, max_restarts: int
         folder = Path(name)
         variables = {**_variables(processes), workers.FOLDER_VARIABLE: name}
         with _set_variables(variables), _passing_signals_on(folder), _without_logging():
-            killed = _run_agent(list(arguments), folder, processes, max_restarts)
-        return _told(folder, killed, max_restarts)
+            ended = _run_agent(list(arguments), folder, processes, max_restarts)
+        return _told(folder, ended, max_restarts)
 
 
 def start(
@@ -131,8 +131,8 @@ def apart(function: Callable[..., _Result], *arguments: Any, **settings: Any) ->
         return pool.submit(function, *arguments, **settings).result()
 
 
-def _run_agent(arguments: list[str], folder: Path, processes: int, max_restarts: int) -> dict[int, str] | None:
-    """Starts the processes and waits for them; None when all ended well, else what the signals killed by rank."""
+def _run_agent(arguments: list[str], folder: Path, processes: int, max_restarts: int) -> dict[int, int]:
+    """Starts the processes and waits for them; exit codes by rank of those that failed in the last attempt."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -152,12 +152,12 @@ def _run_agent(arguments: list[str], folder: Path, processes: int, max_restarts:
     try:
         elastic_launch(config, sys.executable)("-m", WORKER, *arguments)
     except ChildFailedError as error:
-        failures = error.failures.items()
-        return {r: f.signal_name() for r, f in failures if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
-    return None
+        failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return {rank: code for rank, code in failed.items() if code != -signal.SIGTERM}  # those torchrun has ended
+    return {}
 
 
-def _told(folder: Path, killed: dict[int, str] | None, max_restarts: int) -> tuple[int, str]:
+def _told(folder: Path, ended: dict[int, int], max_restarts: int) -> tuple[int, str]:
     """The end of all processes as that of one. Raises UserError and TrainingStopped."""
     outcome = workers.final(folder)
     if outcome is None and workers.is_stopping(folder):
@@ -165,7 +165,7 @@ def _told(folder: Path, killed: dict[int, str] | None, max_restarts: int) -> tup
     if outcome is None:
         last = max((o.attempt for o in workers.outcomes(folder)), default=0)
         again = f"\n{max_restarts} restarts did not help." if max_restarts else ""
-        raise TrainingStopped(f"{workers.crash(folder, last, killed)}{again}")
+        raise TrainingStopped(f"{workers.crash(folder, last, ended)}{again}")
     if outcome.code == 2 and outcome.message:
         raise UserError(outcome.message)
     if outcome.code == 1 and outcome.message:
@@ -181,8 +181,6 @@ def _variables(processes: int) -> dict[str, str]:
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback:  # found without the network's name service, and not open to other machines
         wanted["GLOO_SOCKET_IFNAME"] = loopback[0]
-    # torch 2.13 keeps one store for all attempts, where a new start finds the addresses of processes that are gone.
-    wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

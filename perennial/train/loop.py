@@ -56,6 +56,7 @@ class Made:
     tokens: int
     number: int
     flops: float
+    sent_bytes: int
     data_seconds: float
     started: float
 
@@ -92,9 +93,12 @@ def _queue(session: Session, running: RunningStage) -> Made:
     """Starts the next update and moves the run's position past it."""
     progress, resolved, world = session.state.progress, session.resolved, session.world
     stage, rows, tokens = running.stage, resolved.batch.sequences, resolved.batch.tokens
+    session.watchdog.enter("data", progress.updates + 1)
     begun = time.perf_counter()
     batch = running.loader.at(progress.row, rows, rank=world.data_rank, world=world.data_size)
     loaded = time.perf_counter()
+    session.watchdog.enter("update")
+    session.stopwatch.begin(loaded - begun)
     rate = running.schedule.rate(progress.stage_tokens + tokens, stage.tokens)
     torch.manual_seed(derive(resolved.seed, "update", stage.name, progress.row))
     queued = make_update(
@@ -119,6 +123,7 @@ def _queue(session: Session, running: RunningStage) -> Made:
     progress.flops += flops
     progress.stage_flops += flops
     progress.rate = rate
+    session.communicate(stage)
     return Made(
         queued,
         stage,
@@ -127,6 +132,7 @@ def _queue(session: Session, running: RunningStage) -> Made:
         progress.tokens,
         progress.updates,
         progress.flops,
+        progress.sent_bytes,
         loaded - begun,
         loaded,
     )
@@ -146,7 +152,7 @@ def _settle(session: Session, made: Made) -> Update | None:
     progress.seconds["data"] += made.data_seconds
     progress.seconds["train"] += seconds
     progress.stage_seconds += seconds
-    session.record_update(made, update, seconds)
+    session.record_update(made, update, seconds, session.stopwatch.settle())
     return None if _spiked(session, update, made) else update
 
 
@@ -186,6 +192,7 @@ def _roll_back(session: Session, skip_to: int, why: str) -> None:
         raise TrainingStopped(f"{why}: spikes came back after {rollbacks - 1} rollbacks (spikes.max_rollbacks)")
     stage = session.state.progress.stage
     session.reload()
+    session.stopwatch.drop()
     progress = session.state.progress
     if progress.stage != stage:
         raise TrainingStopped(f"{why}: the stage has no checkpoint of its own to return to")
@@ -193,6 +200,7 @@ def _roll_back(session: Session, skip_to: int, why: str) -> None:
     progress.rollbacks = rollbacks
     # What was computed and thrown away was paid for all the same.
     progress.flops, progress.stage_flops = spent.flops, spent.stage_flops
+    progress.sent_bytes = spent.sent_bytes
     progress.seconds, progress.stage_seconds = spent.seconds, spent.stage_seconds
     progress.skipped_rows.append(skipped)
     progress.row = skip_to

@@ -37,7 +37,7 @@ from perennial.model.memory import (
     estimate,
     stand_in,
 )
-from perennial.train.parallel import World
+from perennial.train.parallel import World, device_bytes, processes_per_machine
 from perennial.train.resolve import Resolved, ResolvedStage
 
 SNAPSHOT = "memory_snapshot.pickle"
@@ -273,6 +273,19 @@ def _facts(resolved: Resolved, world: World, message: str) -> Facts:
     training = max(trainings, key=lambda t: estimate(config, t).total)
     capacity, peak = _capacity_and_peak(world)
     return Facts(config, training, resolved.batch.sequences, capacity, peak, asked_bytes(message))
+
+
+def warning(resolved: Resolved, world: World, config: AnyConfig) -> str | None:
+    """What to say before training when the estimate is above what this process can have; an estimate may be wrong."""
+    capacity = device_bytes(world.device, processes_per_machine(world), machine_memory_bytes()["total"])
+    trainings = [_training(resolved, world, config, stage) for stage in resolved.stages]
+    needed = max(estimate(config, training).total for training in trainings)
+    if capacity is None or needed <= capacity:
+        return None
+    return (
+        f"memory: each process is estimated to need {human_bytes(needed)}, and can have {human_bytes(capacity)}; "
+        "`perennial plan --memory` says what takes it and what to lower"
+    )
 
 
 def _training(resolved: Resolved, world: World, config: AnyConfig, stage: ResolvedStage) -> Training:

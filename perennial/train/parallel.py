@@ -20,7 +20,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,6 +33,9 @@ from perennial.model.layerwise import layers_of
 from perennial.model.placement import local_part, mesh_of
 from perennial.model.through_transformers import AnyModel
 from perennial.model.transformer import Transformer
+from perennial.train.feeding import Feeder
+from perennial.train.meeting import fresh_store
+from perennial.train.watchdog import exchange_limit
 
 ALONE = Layout()
 """One process with all of the model."""
@@ -61,6 +63,11 @@ class World:
         return self.rank % self.layout.tensor == 0
 
     @property
+    def worker(self) -> int:
+        """Which copy of the model this process holds, or a part of."""
+        return self.rank // (self.layout.shards * self.layout.tensor)
+
+    @property
     def data_rank(self) -> int:
         """Which part of each batch this process reads."""
         return self.rank // self.layout.tensor
@@ -81,7 +88,11 @@ def join_world() -> World:
     if size > 1 and not dist.is_initialized():
         # gloo beside nccl: numbers that live on the host, and checkpoints, do not wait for the GPU's queue
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        limit = exchange_limit()
+        if store := fresh_store(int(os.environ["RANK"]), size, limit):
+            dist.init_process_group(backend, timeout=limit, store=store, rank=int(os.environ["RANK"]), world_size=size)
+        else:
+            dist.init_process_group(backend, timeout=limit)
     return World(dist.get_rank() if size > 1 else 0, size, device, Layout(replicas=size))
 
 
@@ -151,9 +162,17 @@ class Whole(nn.Module):
 class Spread:
     """A model on this process's part of the mesh, as training and evaluation call it."""
 
-    def __init__(self, model: AnyModel, world: World, *, precision: str = "fp32") -> None:
-        """Divides and shards `model` in place, which may still be on the meta device, as the world's layout says."""
+    def __init__(self, model: AnyModel, world: World, *, precision: str = "fp32", apart: bool = False) -> None:
+        """Divides and shards `model` in place, which may still be on the meta device, as the world's layout says.
+
+        apart: replicas are workers that train apart, and gradients are summed within each of them only.
+        """
         self.model, self.world = model, world
+        self.feeder = Feeder(world.device)
+        self.workers = world.layout.replicas if apart else 1
+        """How many models are trained, each from its own rows; the same until one differs from the others."""
+        self.worker = world.worker if apart else 0
+        """Which of them this process holds, or a part of."""
         self._summed_by_hand: list[str] = []
         whole = Whole(model)
         self._is_sharded = world.mesh is not None and world.layout.is_spread
@@ -161,13 +180,13 @@ class Spread:
             if world.layout.tensor > 1:
                 assert isinstance(model, Transformer)
                 self._summed_by_hand = _divide(model, world.mesh["tensor"])
-            _shard(whole, layers_of(model), world, precision)
+            _shard(whole, layers_of(model), world, precision, self.workers)
         self._whole: nn.Module = whole
         self._training: Any = whole
 
     def start_training(self) -> None:
         """Sets up the summing of gradients for the parameters that are trained from here on."""
-        if self._is_sharded or self.world.size == 1:
+        if self._is_sharded or self.workers == self.world.layout.replicas:
             return
         from torch.nn.parallel import DistributedDataParallel
 
@@ -179,8 +198,16 @@ class Spread:
             gradient_as_bucket_view=True,
         )
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients stay where they are between updates: in the buckets of DDP, which else are a second set."""
+        return self._training is not self._whole and isinstance(self.model, Transformer)
+
     def train_on(self, compute: Callable[..., Any], *arguments: Any) -> Any:
-        """`compute(model, *arguments)`, whose backward pass leaves gradients averaged over `data_size` processes."""
+        """`compute(model, *arguments)`, whose backward pass leaves gradients averaged over the processes' own rows.
+
+        Over `data_size` processes; over those of one worker, when workers train apart.
+        """
         return self._training(compute, *arguments)
 
     def measure(self, compute: Callable[..., Any], *arguments: Any) -> Any:
@@ -201,7 +228,7 @@ class Spread:
             layout = self.world.layout
             if layout.shards == 1:
                 self._whole.set_requires_gradient_sync(now)  # type: ignore[operator]
-            elif layout.replicas > 1:
+            elif layout.replicas > self.workers:
                 self._whole.set_requires_all_reduce(now)  # type: ignore[operator]
             yield
         elif self._training is not self._whole and not now:
@@ -218,10 +245,10 @@ class Spread:
                 dist.all_reduce(local_part(gradient), group=self.world.mesh.get_group("tensor"))
 
 
-def _shard(whole: Whole, layers: list[nn.Module], world: World, precision: str) -> None:
+def _shard(whole: Whole, layers: list[nn.Module], world: World, precision: str, workers: int) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = world.mesh["replicate", "shard"] if world.layout.replicas > 1 else world.mesh["shard"]
+    mesh = world.mesh["replicate", "shard"] if world.layout.replicas > workers else world.mesh["shard"]
     # Under autocast alone every layer's bf16 copy would be kept for the backward pass: half a model on each process.
     rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = rounded if precision == "bf16" and world.layout.shards > 1 else MixedPrecisionPolicy()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from perennial.core.environment import bf16_units
+
 
 def native_precision(device: torch.device) -> str:
     """'bf16' where the device multiplies bf16 in hardware, else 'fp32'.
@@ -16,9 +18,7 @@ def native_precision(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    cpu: Any = torch.cpu
-    has = [getattr(cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if any(check() for check in has if check) else "fp32"
+    return "bf16" if bf16_units() else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

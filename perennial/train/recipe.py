@@ -221,6 +221,8 @@ class Recipe(Settings):
     """What the backward pass computes again instead of keeping it: 'selective' all but the products of matrices and
     attention, 'full' all but the input of each layer; less memory for more time."""
     parallel: ParallelSettings = ParallelSettings()
+    communication: Any = "every_update"
+    """How processes with copies of the model keep them together: gradients summed on every update, or 'diloco'."""
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     spikes: SpikeSettings = SpikeSettings()
@@ -283,6 +285,8 @@ def parse_recipe(data: dict[str, Any], *, source: str = "recipe", lines: Mapping
                     given = _without_parent(stage[key]) if key == "schedule" else stage[key]
                     problems += plugins.build(kind, given, ("stages", index, key))[1]
             problems += _unknown_corpora(data, stage, index)
+    if "communication" in data:
+        problems += plugins.build("communications", data["communication"], ("communication",))[1]
     problems += _model_problems(data.get("model"))
     raise_problems(problems, source, lines)
     assert recipe is not None

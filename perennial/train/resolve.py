@@ -94,6 +94,7 @@ class Resolved(Settings):
     compile: bool
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     parallel: ParallelSettings = ParallelSettings()
+    communication: dict[str, Any] = {"name": "every_update"}
     evaluation_every_tokens: int | None
     evaluation_tokens: int | None
     checkpoint_every_tokens: int | None
@@ -125,6 +126,7 @@ def resolve(
     `base` is the folder that relative paths start from; `precision` is what 'auto' means on this machine; `measure`
     returns training tokens per second and is called only when a budget is a time. Raises UserError.
     """
+    communication = _communication(recipe)
     parent = _parent(recipe, base)
     corpora = _open_corpora(recipe, base, parent)
     config = parent.config if parent else _new_model(recipe, corpora)
@@ -162,6 +164,7 @@ def resolve(
         "compile": recipe.compile,
         "activation_checkpointing": recipe.activation_checkpointing,
         "parallel": recipe.parallel.model_dump(mode="json"),
+        "communication": communication,
         "evaluation_every_tokens": _span_tokens(recipe.evaluation.every, total),
         "evaluation_tokens": None if recipe.evaluation.tokens.unit == "share" else int(recipe.evaluation.tokens.value),
         "checkpoint_every_tokens": _span_tokens(recipe.checkpoints.every, total),
@@ -180,6 +183,8 @@ def recipe_hash(resolved: Resolved) -> str:
     if resolved.origin:
         left_out["origin"] = {"parity"}  # a measurement, which no two machines need have alike
     data = resolved.model_dump(mode="json", exclude=left_out)
+    if data["communication"] == {"name": "every_update"}:  # as before there was a choice
+        del data["communication"]
     for stage in data["stages"]:
         if stage["new_rows"] is None:  # as before stages could be limited to them
             del stage["new_rows"]
@@ -362,6 +367,19 @@ def _resolve_stage(
     )
 
 
+def _communication(recipe: Recipe) -> dict[str, Any]:
+    """The communication with all its settings. Raises UserError for one that a stage cannot be trained with."""
+    communication, problems = plugins.build("communications", recipe.communication)
+    raise_problems(problems, "communication")
+    for stage in recipe.stages:
+        if communication.trains_apart and stage.train == "new_rows":
+            raise UserError(
+                f"communication {plugins.name_of(communication)}: moves all weights, stage '{stage.name}' only those "
+                "of new rows; take every_update"
+            )
+    return plugins.dump(communication)
+
+
 def _new_rows(stage: StageSettings, parent: Parent | None) -> tuple[int, int]:
     """The ids that the parent's vocabulary was last extended by. Raises UserError when it never was."""
     changes = parent.lineage.changes if parent else []
@@ -511,6 +529,9 @@ def describe(resolved: Resolved) -> str:
         lines += [f"  {note}" for note in notes(config)]
     if resolved.origin:
         lines.append(f"  began as {resolved.origin.name} ({resolved.origin.model_type}, {resolved.origin.through})")
+    if resolved.communication["name"] != "every_update":
+        settings = ", ".join(f"{key} {value}" for key, value in resolved.communication.items() if key != "name")
+        lines.append(f"  communication {resolved.communication['name']}: {settings}")
     for index, stage in enumerate(resolved.stages):
         mix = ", ".join(f"{s['name']} {s['weight']:.1%}" for s in stage.sources)
         guessed = "by estimate " if rate_is_estimate(resolved, index) else ""

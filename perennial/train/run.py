@@ -279,7 +279,7 @@ def tokens_per_second(
     torchrun says) one times its own share of the rows; what exchanging gradients costs is not in it.
     """
     from perennial.core import plugins
-    from perennial.train.step import TorchBatch
+    from perennial.train.feeding import TorchBatch
 
     tune_process()
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from perennial.core.environment import memory_bytes
 from perennial.core.errors import UserError
 from perennial.train.parallel import World
+from perennial.train.watchdog import exchange_limit
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Crew:
         if world.size > 1:
             import torch.distributed as dist
 
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=exchange_limit())
 
     def all(self, work: Callable[[], T]) -> T:
         """Does `work` on every process; raises on all of them when it fails on one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from perennial.core.environment import environment, package_version
 from perennial.core.environment import memory_bytes as machine_memory_bytes
 from perennial.core.errors import UserError
 from perennial.core.layout import Layout, choose_layout
+from perennial.core.patience import Patience, may_come_back, patience_limit
 from perennial.core.progress import Progress as ProgressLine
 from perennial.core.records import Recorder
 from perennial.core.seeds import derive
@@ -40,7 +42,10 @@ from perennial.model.through_transformers import AnyModel
 from perennial.model.transformer import Transformer, initialise
 from perennial.objectives.next_token import NextToken
 from perennial.optimizers.base import export_state, import_state, skips_on_device
-from perennial.train import checkpoint
+from perennial.train import checkpoint, memory_advice
+from perennial.train.apart import Own, Replicas, workers_of
+from perennial.train.defaults import defaults
+from perennial.train.feeding import TorchBatch
 from perennial.train.new_rows import NewRows
 from perennial.train.parallel import (
     Spread,
@@ -51,13 +56,17 @@ from perennial.train.parallel import (
     placed,
     processes_per_machine,
     sum_values,
+    summed,
     wait_for_all,
 )
 from perennial.train.precision import autocast, matmul_rate
+from perennial.train.recovery import SetAside, sound_checkpoints
 from perennial.train.resolve import Resolved, ResolvedStage, rate_is_estimate, stage_order
 from perennial.train.saving import Crew, Saving, pays
+from perennial.train.stalls import Lately, Stall, Stopwatch
 from perennial.train.state import Progress, TrainState
-from perennial.train.step import TorchBatch, Update
+from perennial.train.step import Update
+from perennial.train.watchdog import Hang, watch
 
 if TYPE_CHECKING:
     from perennial.train.loop import Made
@@ -94,40 +103,83 @@ class Session:
         check_processes(resolved.batch.sequences, world.data_size)
         self.folder, self.resolved, self.world = folder, resolved, world
         self.crew = Crew(world)
+        self.communication = _component("communications", resolved.communication)
+        self.replicas = Replicas(world, apart=self.communication.trains_apart)
         self.checkpoints = folder / "checkpoints"
         self.stopped = False
         self.stop_requested = False
         self.new_rows: NewRows | None = None
         self._saving: Saving | None = None
+        self._save_may_fail = False
+        self._save_failed = False
+        self._periodic_save: int | None = None
+        """Tokens at which the last save that may fail was begun."""
         self._consumed_by_saved: list[tuple[str, dict[str, Any]]] = []
         self.clock = Clock()
-        self.environment = environment()
+        self.environment = {**environment(), "defaults": defaults(world.device)}
         if resolved.through == "transformers":
             self.environment["transformers"] = package_version("transformers")
-        self.corpora = _open_corpora(resolved)
+        self._quiet = quiet
+        self.console = ProgressLine("train", total=resolved.tokens, unit="tokens", quiet=quiet or not world.is_main)
+        self.watchdog = watch(world.rank, world.size, world.device, on_hang=self._record_hang)
+        self.patience = Patience(patience_limit(), self._tell)
+        self.corpora = _open_corpora(resolved, self.patience, was_there=_has_events(folder))
         self.by_fingerprint = {c.fingerprint: c for c in self.corpora.values()}
-        saved = self.crew.main(lambda: _own_checkpoints(folder, resolved.recipe_hash))
+        saved, aside = self.crew.main(self._sound_checkpoints)
         self.ancestry = saved[-1] if saved else Path(resolved.parent["path"]) if resolved.parent else None
         self.parent = self._ancestors() if resolved.parent else None
         self.tokenizer = self._open_tokenizer()
         # Read now: the parent's folder may be gone when the next checkpoint is written.
         self.companions = read_companions(self.ancestry) if self.ancestry else Companions()
-        self.console = ProgressLine("train", total=resolved.tokens, unit="tokens", quiet=quiet or not world.is_main)
         if world.is_main:
             checkpoint.remove_leftovers(self.checkpoints)
         wait_for_all(world)
         check_memory(config, world)
+        if text := memory_advice.warning(resolved, world, config):
+            self.console.note(text)
         self.records = Recorder(folder / "events.jsonl" if world.is_main else None)
         self._board: Any = None
         self.settled = 0.0
         """When the last update was read."""
+        self._lately = Lately()
+        self.stopwatch = Stopwatch(
+            rank=world.rank,
+            size=1 if self.communication.trains_apart else world.size,  # else they would exchange more often for it
+            device=world.device,
+            gather=lambda times: summed(times, world),
+            on_last_gradient=lambda: self.watchdog.enter("exchange"),
+        )
         try:
+            self.watchdog.start()
+            self._record_set_aside(aside)
             self._peak_flops = matmul_rate(resolved.precision, world.device)
             self._board = _open_board(folder) if resolved.tensorboard and world.is_main else None
             self.state = self._restore(saved[-1]) if saved else self._begin()
         except BaseException:
             self.close()
             raise
+
+    # Going on in spite of faults
+
+    def _sound_checkpoints(self) -> tuple[list[Path], list[SetAside]]:
+        find = functools.partial(sound_checkpoints, self.folder, self.resolved.recipe_hash)
+        return self.patience.attempt(find, passes=lambda error: isinstance(error, OSError))
+
+    def _record_set_aside(self, aside: list[SetAside]) -> None:
+        for damaged in aside:
+            self.records.write("set_aside", tokens=damaged.tokens, path=damaged.name, reason=damaged.reason)
+            self.console.note(f"{damaged.reason}\nIt is kept as {damaged.name}; the run goes on from before it.")
+
+    def _record_hang(self, hang: Hang) -> None:
+        made = max(0, min(seen.note.update for seen in hang.everyone) - 1)
+        behind = [{"rank": s.note.rank, "phase": s.note.phase, "seconds": round(s.seconds, 1)} for s in hang.behind]
+        self.records.write("hang", tokens=made * self.resolved.batch.tokens, behind=behind)
+
+    def _tell(self, text: str) -> None:
+        """Says what this process waits for; it does not hang meanwhile."""
+        self.watchdog.go_on()
+        rank = "" if self.world.is_main else f"rank {self.world.rank}: "
+        ProgressLine("train", quiet=self._quiet).note(f"{rank}{text}")
 
     # Starting
 
@@ -149,6 +201,7 @@ class Session:
             model = Transformer(ModelConfig(**self.resolved.model), device="meta" if is_spread else device)
             self._spread(model)
             initialise(model, derive(self.resolved.seed, "model"))
+        self.rounds = self.communication.start(dict(model.named_parameters()), self.replicas)
         self._record_run()
         return TrainState(model, None, Progress())
 
@@ -156,11 +209,27 @@ class Session:
         """The state that the newest checkpoint of this run holds."""
         model = self._loaded(path)  # it was verified when the session began
         progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
-        self.carried = checkpoint.load_moments(path, model, self.crew)
         layout = asdict(self.world.layout)
         self.records.write("resume", tokens=progress.tokens, processes=self.world.size, layout=layout)
         self.console.note(f"resuming {self.folder} at {human(progress.tokens, 'tokens')} from {path}")
+        self._load_beside(path, model)
         return TrainState(model, None, progress)
+
+    def _load_beside(self, path: Path, model: AnyModel) -> None:
+        """Moments and rounds as a checkpoint of this run holds them; `model` has that checkpoint's weights."""
+        self.rounds = self.communication.start(dict(model.named_parameters()), self.replicas)
+        if not self.communication.trains_apart:
+            self.carried = checkpoint.load_moments(path, model, self.crew)
+            return
+        own = checkpoint.load_own(path, model, self.replicas, self.crew)
+        self.rounds.load(own.shared, own.weights)
+        self.carried = dict(own.moments) or checkpoint.load_moments(path, model, self.crew)
+        before, now = workers_of(path), self.replicas.number
+        if before != now:
+            self.console.note(
+                f"it was trained by {before} workers, now {now}: all of them go on from the model of the last round "
+                "and the mean of the moments"
+            )
 
     def _loaded(self, path: Path) -> AnyModel:
         is_spread = self.world.layout.is_spread
@@ -171,7 +240,8 @@ class Session:
 
     def _spread(self, model: AnyModel) -> None:
         """Makes the model ready for training on this process's part of the mesh, in place."""
-        self.spread = Spread(self._ready(model), self.world, precision=self.resolved.precision)
+        apart = self.communication.trains_apart
+        self.spread = Spread(self._ready(model), self.world, precision=self.resolved.precision, apart=apart)
         if next(model.parameters()).is_meta:
             model.to_empty(device=self.world.device)
 
@@ -227,7 +297,7 @@ class Session:
         path = lineages.checkpoints_of(self.folder)[-1]
         checkpoint.put_back_weights(self.state.model, path, self.world.device)
         self.state.progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
-        self.carried = checkpoint.load_moments(path, self.state.model, self.crew)
+        self._load_beside(path, self.state.model)
         stage = self.resolved.stages[self.state.progress.stage]
         self.state.optimizer = self._optimizer(stage)
 
@@ -247,6 +317,7 @@ class Session:
         order = self._order(stage)
         self.state.optimizer = self._optimizer(stage)
         self.spread.start_training()
+        self.stopwatch.watch(self.state.model)
         if progress.stage_tokens == 0:
             self._record_stage(stage)
         loader = Loader(
@@ -281,6 +352,7 @@ class Session:
         optimizer = _component("optimizers", stage.optimizer).build(trained.named_parameters(), model.role_of)
         if stage.optimizer_state == "reset" and self.state.progress.stage_tokens == 0:
             self.carried = {}
+            self.rounds.forget()
         carried = self.new_rows.narrowed(self.carried) if self.new_rows else self.carried
         if self.state.progress.stage_tokens > 0:
             import_state(optimizer, carried, strict=True)
@@ -368,7 +440,7 @@ class Session:
         """Whether an update can be called off on the device, so that the host need not wait for each."""
         return self.world.device.type == "cuda" and skips_on_device(self.state.optimizer)
 
-    def record_update(self, made: Made, update: Update, seconds: float) -> None:
+    def record_update(self, made: Made, update: Update, seconds: float, stall: Stall | None) -> None:
         """Writes the `train` event and the progress line; checks that the rate in effect is the rate asked for."""
         progress = self.state.progress
         for group in self.state.optimizer.param_groups:
@@ -391,20 +463,45 @@ class Session:
             seconds=round(progress.seconds["train"], 4),
             data_seconds=round(progress.seconds["data"], 4),
             mfu=round(mfu, 4),
+            sent_bytes=made.sent_bytes,
             memory_bytes=memory_bytes(self.world.device),
+            **(_stall_fields(stall) if stall else {}),
         )
         if self._board is not None:
             for name, value in (("loss", update.loss), ("rate", made.rate), ("gradient_norm", update.gradient_norm)):
                 self._board.add_scalar(f"train/{name}", value, made.tokens)
+        waited = self._lately.after(made.data_seconds + seconds, made.data_seconds, stall)
         self.console.update(
             made.tokens,
             f"loss {update.loss:.3f}, rate {made.rate:.2e}, {human(speed, 'tokens/s')}, MFU {mfu:.0%}, "
-            f"{human_bytes(memory_bytes(self.world.device))}",
+            f"{human_bytes(memory_bytes(self.world.device))}{waited}",
         )
 
+    def communicate(self, stage: ResolvedStage) -> None:
+        """Exchanges between the workers what is due after the update that was just queued."""
+        progress = self.state.progress
+        if self.communication.trains_apart:
+            self.watchdog.enter("exchange")
+        number = progress.stage_tokens // self.resolved.batch.tokens
+        progress.sent_bytes += self.rounds.after_update(number, last=progress.stage_tokens >= stage.tokens)
+
     def is_due(self) -> bool:
-        """Whether it is time to evaluate or to save."""
-        return self._due(self.resolved.evaluation_every_tokens) or self._due(self.resolved.checkpoint_every_tokens)
+        """Whether it is time to evaluate or to save, or to see whether a save has to be tried again."""
+        resolved = self.resolved
+        return (
+            self._due(resolved.evaluation_every_tokens)
+            or self._due(resolved.checkpoint_every_tokens)
+            or self._may_save_again()
+        )
+
+    def _may_save_again(self) -> bool:
+        """Whether this is a quarter of the way from a save that may have failed to the next; equal on all processes."""
+        every = self.resolved.checkpoint_every_tokens
+        if every is None or self._periodic_save is None:
+            return False
+        batch = self.resolved.batch.tokens
+        quarter = max(1, every // 4 // batch) * batch
+        return (self.state.progress.tokens - self._periodic_save) % quarter == 0
 
     def after_update(self, *, stop: bool, stage_done: bool) -> None:
         """Evaluates, saves and stops when it is time."""
@@ -415,6 +512,8 @@ class Session:
         self.finish_saving(wait=False)
         if stage_done or stop or self._due(resolved.checkpoint_every_tokens):
             self.save(while_training=not (stage_done or stop))
+        elif self._may_save_again() and any_of(self._save_failed, self.world):
+            self.save(while_training=True)
         if stop and not complete:
             self.stopped = True
             self.records.write("stop", tokens=progress.tokens, reason="asked to stop")
@@ -429,7 +528,9 @@ class Session:
     def evaluate(self, moment: str) -> dict[str, Any]:
         """Measures every corpus's validation loss now, records and returns it."""
         progress, resolved = self.state.progress, self.resolved
-        with self.clock.section("evaluate") as spent, autocast(resolved.precision, self.world.device):
+        self.watchdog.enter("evaluate")
+        mode = autocast(resolved.precision, self.world.device)
+        with self.clock.section("evaluate") as spent, self.rounds.common(), mode:
             corpora = evaluate(
                 self.state.model,
                 self.corpora,
@@ -456,54 +557,95 @@ class Session:
         return corpora
 
     def _measure(self, inputs: Any, targets: Any, segments: Any) -> Any:
+        self.watchdog.enter("evaluate")
         return self.spread.measure(NextToken().evaluate, TorchBatch(inputs, targets, segments))
 
     def save(self, *, while_training: bool = False) -> None:
         """Writes a checkpoint of the present state and prunes old ones; one that is still being written first.
 
-        while_training: a large state is copied and written by a thread, and what fails is raised by a later call.
+        while_training: a large state is copied and written by a thread; when it fails, training goes on without it and
+        it is tried again later. Otherwise it is tried again at once, for as long as patience lasts; then UserError.
         """
         self.finish_saving()
+        self.watchdog.enter("save")
         progress = self.state.progress
+        self._save_failed, self._save_may_fail = False, while_training
+        self._periodic_save = progress.tokens if while_training else None
         with self.clock.section("save") as spent:
-            self._saving = self._start_saving(while_training)
-            if not while_training:
-                self.finish_saving()
+            if while_training:
+                self._save(in_background=True)
+            else:
+                # What one process fails at, all fail at, and all wait equally long; one tells.
+                tell = self._tell if self.world.is_main else lambda text: self.watchdog.go_on()
+                save = functools.partial(self._save, in_background=False)
+                Patience(self.patience.seconds, tell).attempt(save, passes=_could_not_write)
         progress.seconds["save"] += spent.seconds
+
+    def _save(self, *, in_background: bool) -> None:
+        try:
+            self.crew.main(self.records.settle)  # a checkpoint must not be ahead of its records
+        except UserError as error:
+            self._note_failure(self.state.progress.tokens, error)
+            return
+        self._saving = self._start_saving(in_background)
+        if not in_background:
+            self.finish_saving()
+
+    def _note_failure(self, tokens: int, error: Exception) -> None:
+        """Notes that saving failed; raises the error when training must not go on without."""
+        if not self._save_may_fail:
+            raise error
+        self._save_failed = True
+        reason = str(error).splitlines()[0]
+        self.records.write("save_failed", tokens=tokens, reason=reason)
+        self.console.note(
+            f"saving at {human(tokens, 'tokens')} failed, training goes on and tries again later: {reason}"
+        )
 
     def _start_saving(self, while_training: bool) -> Saving:
         progress = self.state.progress
         optimizer = self.state.optimizer or self._optimizer(self.resolved.stages[progress.stage])
         model, moments = self.state.model, self.moments(optimizer)
         in_background = while_training and not any_of(not pays(_state_size(model, moments)), self.world)
-        taken = checkpoint.snapshot(
-            model,
-            moments,
-            crew=self.crew,
-            copies=in_background,
-            progress=copy.deepcopy(progress),
-            lineage=self._lineage(),
-            recipe_hash=self.resolved.recipe_hash,
-            tokenizer=self.tokenizer,
-            companions=self.companions,
-        )
         ends = {sum(s.tokens for s in self.resolved.stages[: i + 1]) for i in range(len(self.resolved.stages))}
         self._consumed_by_saved = self._consumed()
 
-        def write() -> Path:
+        def write(taken: checkpoint.Snapshot) -> Path:
             path = checkpoint.save(self.checkpoints, taken, self.crew)
             if self.world.is_main:
                 checkpoint.prune(self.checkpoints, self.resolved.checkpoint_keep, ends)
             return path
 
-        return Saving(write, tokens=progress.tokens, in_background=in_background)
+        with self.rounds.common() as weights:
+            own = None
+            if self.communication.trains_apart:
+                number, group = self.replicas.own, self.replicas.group
+                own = Own(number, group, weights, moments, self.rounds.shared_state())
+                moments = self.replicas.mean(moments)
+            taken = checkpoint.snapshot(
+                model,
+                moments,
+                crew=self.crew,
+                copies=in_background,
+                progress=copy.deepcopy(progress),
+                lineage=self._lineage(),
+                recipe_hash=self.resolved.recipe_hash,
+                tokenizer=self.tokenizer,
+                companions=self.companions,
+                own=own,
+            )
+            return Saving(lambda: write(taken), tokens=progress.tokens, in_background=in_background)
 
     def finish_saving(self, *, wait: bool = True) -> None:
-        """Records the checkpoint that was being written, once it is whole. Raises UserError when that failed."""
+        """Records the checkpoint that was being written, once it is whole, or that this failed; see `save`."""
         if self._saving is None or not (wait or self._saving.is_done):
             return
         saving, self._saving = self._saving, None
-        path = saving.finish()
+        try:
+            path = saving.finish()
+        except (UserError, OSError) as error:
+            self._note_failure(saving.tokens, error)
+            return
         for stage, sources in self._consumed_by_saved:
             self.records.write("consumed", tokens=saving.tokens, stage=stage, sources=sources)
         self.records.write("checkpoint", tokens=saving.tokens, path=path.name, seconds=round(saving.seconds, 3))
@@ -547,6 +689,7 @@ class Session:
 
     def close(self) -> None:
         """Ends the records and the progress line, a checkpoint being written first; harmless when all has ended."""
+        self.watchdog.close()
         try:
             with contextlib.suppress(UserError, OSError):  # what ended the run is told, not what this may add
                 self.finish_saving()
@@ -559,8 +702,13 @@ class Session:
     def finish(self, summary: dict[str, Any]) -> None:
         """Records that the run is complete."""
         self.records.write("done", **summary)
+        self.patience.attempt(self.records.settle, passes=_could_not_write)
         spent = ", ".join(f"{k} {human_seconds(v)}" for k, v in summary["seconds"].items() if v >= 0.5)
-        self.console.note(f"done: {human(summary['tokens'], 'tokens')}, {summary['flops']:.3g} FLOPs ({spent})")
+        sent = self.state.progress.sent_bytes
+        exchanged = f", {human_bytes(sent)} sent by each process" if sent else ""
+        self.console.note(
+            f"done: {human(summary['tokens'], 'tokens')}, {summary['flops']:.3g} FLOPs ({spent}){exchanged}"
+        )
 
     @contextlib.contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
@@ -590,17 +738,18 @@ def measure_with(model: Any) -> Any:
     return lambda inputs, targets, segments: objective.evaluate(model, TorchBatch(inputs, targets, segments))
 
 
-def _own_checkpoints(folder: Path, recipe_hash: str) -> list[Path]:
-    """The run's checkpoints. Raises UserError when the newest is damaged, or another run's, with the way to go on."""
-    saved = lineages.checkpoints_of(folder)
-    try:
-        for path in saved[-1:]:
-            checkpoint.verify(path)
-            checkpoint.load_progress(path, recipe_hash)
-    except UserError as error:
-        before = f"from the one before it ({saved[-2].name})" if len(saved) > 1 else "from the beginning"
-        raise UserError(f"{error}\nTo go on {before}, delete {saved[-1]}.") from None
-    return saved
+def _has_events(folder: Path) -> bool:
+    """Whether a run has begun before; what it read then is waited for."""
+    events = folder / "events.jsonl"
+    return events.exists() and events.stat().st_size > 0
+
+
+def _could_not_write(error: Exception) -> bool:
+    return isinstance(error, (UserError, OSError))
+
+
+def _stall_fields(stall: Stall) -> dict[str, Any]:
+    return {"straggler_seconds": round(stall.seconds, 4), "straggler": stall.rank, "straggler_cause": stall.cause}
 
 
 def _state_size(model: AnyModel, moments: Mapping[str, torch.Tensor]) -> int:
@@ -663,10 +812,13 @@ def _component(kind: str, data: dict[str, Any]) -> Any:
     return component
 
 
-def _open_corpora(resolved: Resolved) -> dict[str, Corpus]:
+def _open_corpora(resolved: Resolved, patience: Patience, *, was_there: bool) -> dict[str, Corpus]:
+    """The corpora; those that the run has read before (`was_there`) are waited for when they cannot be read now."""
     corpora = {}
+    opening = patience if was_there else Patience(0.0)
     for name, facts in resolved.corpora.items():
-        corpus = Corpus.open(Path(facts["path"]), checksums=True)
+        open_it = functools.partial(Corpus.open, Path(facts["path"]), checksums=True, patience=patience)
+        corpus = opening.attempt(open_it, passes=may_come_back)
         if corpus.fingerprint != facts["fingerprint"]:
             raise UserError(
                 f"corpus '{name}' ({facts['path']}) was changed since the run was planned: fingerprint "

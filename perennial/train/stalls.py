@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perennial.core.amounts import human_seconds
-
 EVERY = 10
 """Updates between two times at which the processes tell each other their seconds: one small exchange."""
 SHOWN_SHARE = 0.05
@@ -47,12 +45,6 @@ class Stall:
         """'data' when at least half of the waiting is for that process's data, else 'compute'."""
         return "data" if 2 * self.data_seconds >= self.seconds else "compute"
 
-    def shown(self, wall_seconds: float) -> str:
-        """Words for the progress line when the waiting took a share of the time that matters, else ''."""
-        if wall_seconds <= 0 or self.seconds < SHOWN_SHARE * wall_seconds:
-            return ""
-        return f"waited {self.seconds / wall_seconds:.0%} for rank {self.rank} ({self.cause})"
-
 
 def stall(times: Tensor) -> Stall:
     """What was waited for the slowest. `times` (R, U, 2): seconds of data and of computing by rank and update."""
@@ -67,11 +59,32 @@ def stall(times: Tensor) -> Stall:
     return Stall(total, slowest, min(total, max(0.0, float(data[slowest] - others))))
 
 
-def shown_data(data_seconds: float, wall_seconds: float) -> str:
-    """Words for the progress line when waiting for data took a share of the time that matters, else ''."""
-    if wall_seconds <= 0 or data_seconds < SHOWN_SHARE * wall_seconds:
-        return ""
-    return f"data {data_seconds / wall_seconds:.0%} ({human_seconds(data_seconds)})"
+class Lately:
+    """What was waited for in the last updates, in words for the progress line, as far as it matters."""
+
+    def __init__(self) -> None:
+        self._updates, self._wall, self._data = 0, 0.0, 0.0
+        self._text = ""
+
+    def after(self, wall_seconds: float, data_seconds: float, stall: Stall | None) -> str:
+        """The words after another update, with a comma before each; '' when waiting took little of the time."""
+        self._updates, self._wall, self._data = self._updates + 1, self._wall + wall_seconds, self._data + data_seconds
+        if self._updates == EVERY:
+            least = SHOWN_SHARE * self._wall
+            self._text = f", {self._data / self._wall:.0%} waiting for data" if self._data > least else ""
+            if stall is not None and stall.seconds > least:
+                self._text += f", {stall.seconds / self._wall:.0%} for rank {stall.rank} ({stall.cause})"
+            self._updates, self._wall, self._data = 0, 0.0, 0.0
+        return self._text
+
+
+@dataclass
+class _Begun:
+    """An update that goes on: seconds (on the host) or events (on a GPU) at both ends of its computing."""
+
+    data_seconds: float
+    first: Any = None
+    last: Any = None
 
 
 class Stopwatch:
@@ -93,23 +106,38 @@ class Stopwatch:
         self._rank, self._size, self._gather = rank, size, gather
         self._on_last_gradient = on_last_gradient
         self._on_gpu = device.type == "cuda"
-        self._begun: deque[tuple[float, list[Any]]] = deque()
+        self._begun: deque[_Begun] = deque()
         self._times: list[tuple[float, float]] = []
+        self._hooks: list[Any] = []
 
-    def watch(self, parameter: nn.Parameter) -> None:
-        """Takes the gradient of this parameter, the first of the model, as the last that backward computes."""
-        if self._size > 1:
-            parameter.register_post_accumulate_grad_hook(lambda _: self._mark())
+    def watch(self, model: nn.Module) -> None:
+        """Takes the module of the first parameter that is trained as where forward begins and backward ends."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._size == 1:
+            return
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    self._hooks = [
+                        module.register_forward_pre_hook(lambda *_: self._mark_begin()),
+                        parameter.register_post_accumulate_grad_hook(lambda _: self._mark_end()),
+                    ]
+                    return
 
     def begin(self, data_seconds: float) -> None:
-        """The rows are there, after so many seconds; forward begins."""
+        """An update's rows are there, after so many seconds."""
         if self._size > 1:
-            self._begun.append((data_seconds, [self._now()]))
+            self._begun.append(_Begun(data_seconds))
 
-    def _mark(self) -> None:
+    def _mark_begin(self) -> None:
+        if self._begun and self._begun[-1].first is None:
+            self._begun[-1].first = self._now()
+
+    def _mark_end(self) -> None:
         if self._begun:
-            marks = self._begun[-1][1]
-            marks[1:] = [self._now()]  # the last micro-batch counts
+            self._begun[-1].last = self._now()  # again for each micro-batch: the last one counts
         self._on_last_gradient()
 
     def _now(self) -> Any:
@@ -123,8 +151,8 @@ class Stopwatch:
         """To be called on every process when the oldest update that was begun is done; now and then with a result."""
         if self._size == 1 or not self._begun:
             return None
-        data_seconds, marks = self._begun.popleft()
-        self._times.append((data_seconds, self._between(marks)))
+        begun = self._begun.popleft()
+        self._times.append((begun.data_seconds, self._compute_seconds(begun)))
         if len(self._times) < EVERY:
             return None
         times = torch.zeros(self._size, EVERY, 2, dtype=torch.float64)
@@ -136,7 +164,7 @@ class Stopwatch:
         """Forgets updates that were begun and called off."""
         self._begun.clear()
 
-    def _between(self, marks: list[Any]) -> float:
-        if len(marks) < 2:
+    def _compute_seconds(self, begun: _Begun) -> float:
+        if begun.first is None or begun.last is None:
             return 0.0
-        return marks[0].elapsed_time(marks[1]) / 1e3 if self._on_gpu else marks[1] - marks[0]
+        return begun.first.elapsed_time(begun.last) / 1e3 if self._on_gpu else begun.last - begun.first

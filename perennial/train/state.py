@@ -24,6 +24,8 @@ class Progress:
     """Tokens trained on in this run."""
     updates: int = 0
     flops: float = 0.0
+    sent_bytes: int = 0
+    """Sent by each process to keep the workers' models together, as the communication counts it."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SECONDS, 0.0))
     """Wall time by what it was spent on: train, data, evaluate, save."""
     stage_seconds: float = 0.0

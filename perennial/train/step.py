@@ -7,19 +7,17 @@ after the next update was queued.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from perennial.core.errors import TrainingStopped
 from perennial.data.loader import Batch
 from perennial.model.placement import local_part
-from perennial.objectives.base import IGNORED
 from perennial.optimizers.base import set_rate, skips_on_device
+from perennial.train.feeding import TorchBatch
 from perennial.train.new_rows import NewRows
 from perennial.train.parallel import Spread, clip_gradients, summed
 from perennial.train.precision import autocast
@@ -27,15 +25,6 @@ from perennial.train.precision import autocast
 
 class NonFinite(TrainingStopped):
     """A loss or gradient was not finite; the update was not made."""
-
-
-@dataclass(frozen=True)
-class TorchBatch:
-    """A batch (or a part of one) as tensors: inputs and targets (B, T) int64, segments (B, T) int32 or None."""
-
-    inputs: Tensor
-    targets: Tensor
-    segments: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -78,24 +67,6 @@ class Queued:
         return self._result
 
 
-def to_torch(batch: Batch, device: torch.device, micro_batch: int, most_rows: int) -> Iterator[TorchBatch]:
-    """The batch in pieces of `micro_batch` rows, on the device; as many pieces as for `most_rows` rows.
-
-    Processes that exchange weights or gradients have to do so equally often: one with fewer rows than others ends with
-    a row that does not count.
-    """
-    rows = len(batch.inputs)
-    for start in range(0, most_rows, micro_batch):
-        is_empty = start >= rows
-        part = slice(0, 1) if is_empty else slice(start, start + micro_batch)
-        targets = np.full_like(batch.targets[part], IGNORED) if is_empty else batch.targets[part]
-        yield TorchBatch(
-            torch.from_numpy(batch.inputs[part]).to(device, non_blocking=True),
-            torch.from_numpy(targets).to(device, non_blocking=True),
-            None if batch.segments is None else torch.from_numpy(batch.segments[part]).to(device, non_blocking=True),
-        )
-
-
 def make_update(
     spread: Spread,
     optimizer: Any,
@@ -113,18 +84,21 @@ def make_update(
     """Trains on one batch, of which this is the part of one process; `rows` is the size of the whole.
 
     An update whose loss or gradient is not finite is not made, which `Queued.finish` tells. new_rows: all that is
-    trained, when that is not the whole model.
+    trained, when that is not the whole model. Of workers that train apart each divides its loss by the count of its own
+    targets; the loss told is that of all rows, the gradient norm the mean of the workers'.
     """
     world, trained = spread.world, new_rows or spread.model
     device = world.device
     most_rows = -(-rows // world.data_size)
     local = sum(int((row >= 0).sum()) for row in batch.targets) if world.speaks else 0
-    # The number of targets of all processes; it stays on the device, where the loss is divided by it.
-    counts = summed(torch.tensor([local, stop], dtype=torch.float64, device=device), world)
-    share = world.data_size / counts[0]  # gradients are averaged over the processes that read different rows
+    # The number of targets of each worker; it stays on the device, where the loss is divided by it.
+    of_workers = [local if worker == spread.worker else 0 for worker in range(spread.workers)]
+    counts = summed(spread.feeder.numbers(*of_workers, stop), world)
+    # gradients are averaged over the processes of a worker that read different rows
+    share = world.data_size // spread.workers / counts[spread.worker]
     nats = torch.zeros(1, dtype=torch.float64, device=device)
-    trained.zero_grad(set_to_none=True)
-    pieces = list(to_torch(batch, device, micro_batch or most_rows, most_rows))
+    trained.zero_grad(set_to_none=not spread.keeps_gradients)
+    pieces = spread.feeder.pieces(batch, micro_batch or most_rows, most_rows)
     for number, part in enumerate(pieces):
         with spread.summing(now=number == len(pieces) - 1):
             with autocast(precision, device):
@@ -135,11 +109,13 @@ def make_update(
         new_rows.take_gradients()
     spread.finish_gradients()
     nats = summed(nats if world.speaks else torch.zeros_like(nats), world)
-    norm = clip_gradients(trained.parameters(), clip if clip is not None else math.inf)
+    norm = clip_gradients(trained.parameters(), clip if clip is not None else math.inf).detach().double().reshape(1)
+    if spread.workers > 1:  # each has its own; the mean tells all of them when one is not finite
+        norm = summed(norm / world.size, world)
     set_rate(optimizer, rate)
-    queued = Queued(spread.model, torch.cat((nats, counts, norm.detach().double().reshape(1))))
+    queued = Queued(spread.model, torch.cat((nats, counts[:-1].sum(0, keepdim=True), counts[-1:], norm)))
     if device.type == "cuda" and skips_on_device(optimizer):
-        optimizer.found_inf = (~(torch.isfinite(nats[0]) & torch.isfinite(norm))).float()
+        optimizer.found_inf = (~(torch.isfinite(nats[0]) & torch.isfinite(norm[0]))).float()
         optimizer.step()
     else:
         _step_if_finite(queued, optimizer, trained)

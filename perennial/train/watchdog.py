@@ -209,7 +209,8 @@ class Watchdog:
         self._beat = 0
 
     def start(self) -> None:
-        """Begins to watch, in a thread."""
+        """Begins to watch, in a thread; what was done before took as long as it took."""
+        self.go_on()
         if self._store is not None and self._limit > 0:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -311,12 +312,9 @@ class Watchdog:
 def watch(
     rank: int, size: int, device: torch.device, *, on_hang: Callable[[Hang], None] = lambda hang: None
 ) -> Watchdog:
-    """The watchdog of this process, started; it is idle for a process that is alone. Raises UserError."""
-    limit = time_limit()
+    """The watchdog of this process, to be started; it is idle for a process that is alone. Raises UserError."""
     note = Note(rank, socket.gethostname(), os.getpid(), str(device))
-    found = Watchdog(note, size, _store(size), limit=limit, on_hang=on_hang)
-    found.start()
-    return found
+    return Watchdog(note, size, _store(size), limit=time_limit(), on_hang=on_hang)
 
 
 def _store(size: int) -> Store | None:
@@ -328,7 +326,8 @@ def _store(size: int) -> Store | None:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.distributed_c10d import _get_default_store
 
-    store = _get_default_store().clone()
+    default: Any = _get_default_store()
+    store = default.clone()
     store.set_timeout(timedelta(seconds=20))
     prefixed: Any = PrefixStore("perennial/notes", store)
     return prefixed

@@ -55,12 +55,17 @@ def folder_of_this_start() -> Path | None:
 
 def under_torchrun() -> bool:
     """Whether torchrun (or `launch`, or another program that sets its variables) started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ or world_size() > 1
 
 
 def rank() -> int:
     """The rank of this process as torchrun gives it, 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes torchrun has started, on all machines; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
@@ -115,19 +120,22 @@ def final(folder: Path) -> Outcome | None:
     return min(found, key=lambda o: (order.get(o.code, 1), o.rank), default=None)
 
 
-def crash(folder: Path, of_attempt: int, killed: Mapping[int, str] | None = None) -> str:
+def crash(folder: Path, of_attempt: int, ended: Mapping[int, int] | None = None) -> str:
     """Why an attempt crashed, in words: an error that no other error caused, else what killed a process.
 
-    killed: rank and name of the signal, as far as torchrun told them. A process that reported nothing was killed too.
+    ended: exit code by rank as far as torchrun told them, negative for a signal.
     """
-    found = outcomes(folder, of_attempt)
+    found, codes = outcomes(folder, of_attempt), dict(ended or {})
     errors = [o for o in found if o.message]
     causes = [o for o in errors if not _LOST_A_PEER.search(o.message.strip().rpartition("\n")[2])]
     if not causes:  # torchrun itself kills those that do not end when another has failed
-        for number, name in sorted((killed or {}).items()):
+        for number in sorted(number for number, code in codes.items() if code < 0):
+            name = signal.Signals(-codes[number]).name
             return f"process {number} was killed by {name}" + (_OUT_OF_MEMORY if name == "SIGKILL" else "")
-        for number in sorted(_announced(folder).keys() - {o.rank for o in found}):
-            return f"process {number} was killed{_OUT_OF_MEMORY}"
+        for number in sorted((_announced(folder).keys() | codes.keys()) - {o.rank for o in found}):
+            if number in codes:
+                return f"process {number} ended with exit code {codes[number]}, and said why above if at all"
+            return f"process {number} was killed, or ended without a word"
     for outcome in [*causes, *errors]:
         return f"process {outcome.rank} failed:\n{outcome.message.rstrip()}"
     return "a process ended without a word"

@@ -15,7 +15,7 @@ from perennial.core import plugins
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "perennial"
-NEEDS_SOURCE = ("schedules", "optimizers", "objectives", "laws", "operators")
+NEEDS_SOURCE = ("schedules", "optimizers", "communications", "objectives", "laws", "operators")
 
 
 def parsed() -> dict[Path, ast.Module]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "perennial"
 LAYERS = [
     {"core"},
-    {"data", "model", "schedules", "optimizers", "scaling"},
+    {"data", "model", "schedules", "optimizers", "communications", "scaling"},
     {"objectives", "surgery", "evals"},
     {"train", "plan"},
     {"bench"},
@@ -23,7 +23,10 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-WITHOUT_TORCH = ("core", "data", "schedules", "optimizers", "objectives", "scaling", "plan", "bench", "report", "cli")
+WITHOUT_TORCH = (
+    *("core", "data", "schedules", "optimizers", "communications", "objectives", "scaling"),
+    *("plan", "bench", "report", "cli"),
+)
 WITHOUT_TORCH_TOO = ("model/config.py", "model/cost.py", "model/presets.py", "model/roles.py", "train/recipe.py")
 
 

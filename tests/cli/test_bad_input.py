@@ -389,14 +389,15 @@ PARTS = [
 
 @pytest.mark.parametrize("part", [*PARTS, "perennial/manifest.json"])
 @pytest.mark.parametrize("damage", [Path.unlink, altered, shortened])
-def test_a_damaged_checkpoint_is_not_resumed(
-    stopped: Path, refused: Refused, part: str, damage: Callable[[Path], None]
+def test_a_damaged_checkpoint_is_set_aside_by_name(
+    stopped: Path, capsys: Capsys, part: str, damage: Callable[[Path], None]
 ) -> None:
     damage(stopped / "checkpoints/2048" / part)
-    error = refused("train", stopped)
-    assert part in error
-    assert "checkpoints/2048" in error
-    assert "To go on from the beginning, delete" in error
+    assert main.main(["train", str(stopped)]) == 0
+    told = capsys.readouterr().err
+    assert part in told
+    assert "It is kept as 2048.damaged" in told
+    assert (stopped / "checkpoints/2048.damaged").is_dir()
 
 
 @pytest.mark.parametrize("part", [*PARTS, "perennial/lineage.json", "perennial/manifest.json"])

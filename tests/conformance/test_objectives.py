@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from perennial.core import plugins
 from perennial.objectives.base import IGNORED, Objective
@@ -258,6 +260,26 @@ def test_under_bf16_autocast_it_is_as_near_to_fp32_as_the_plain_computation(kind
     assert all(gradient.dtype == torch.float32 for gradient in own)
     assert loss.nats.dtype == torch.float32
     assert loss.nats.item() == pytest.approx(plain.item(), rel=1e-4)
+
+
+def test_its_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
+    """Beside what is as large as the head itself, there is one chunk of logits, however many tokens there are."""
+    width, chunk, largest = 8, 32, {}
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.extend(t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    for vocabulary, tokens in ((1000, 256), (1000, 2048), (4000, 2048)):
+        model, made = Model(tied=True, vocabulary=vocabulary, width=width), []
+        data = Batch(*torch.randint(vocabulary, (2, 1, tokens)))
+        with Sizes(), torch.autocast("cpu", torch.bfloat16):
+            next_token(chunk_tokens=chunk).loss(model, data).total.backward()
+        largest[vocabulary, tokens] = max(made)
+    assert largest[1000, 256] == largest[1000, 2048] == 4 * chunk * 1000
+    assert largest[4000, 2048] == 4 * chunk * 4000
 
 
 def test_given_logits_are_kept_once_and_left_as_they_are() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
-from perennial.core.records import Recorder, read
+import pytest
+
+from perennial.core import records
+from perennial.core.records import NoRoom, Recorder, read
 
 
 def _write(path: Path, *events: tuple[str, int]) -> None:
@@ -87,3 +93,53 @@ def test_filter_by_type(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     _write(path, ("run", 0), ("train", 1), ("evaluation", 1))
     assert [e["event"] for e in read(path, "run", "evaluation")] == ["run", "evaluation"]
+
+
+class Full(FileIO):
+    """A file on a disk that has room for `room` more bytes."""
+
+    room = 1 << 20
+
+    def write(self, data: Any) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = super().write(memoryview(data)[: self.room])
+        Full.room -= written
+        return written
+
+
+def test_on_a_full_disk_events_wait_and_no_half_line_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "FileIO", Full)
+    path = tmp_path / "events.jsonl"
+    recorder = Recorder(path)
+    recorder.write("train", tokens=1)
+    monkeypatch.setattr(Full, "room", 10)  # a part of the next line
+    recorder.write("train", tokens=2)
+    recorder.write("train", tokens=3)
+    assert [e["tokens"] for e in read(path)] == [1]
+    assert path.read_bytes().endswith(b"\n")
+    with pytest.raises(NoRoom, match="events.jsonl: the disk is full"):
+        recorder.settle()
+    monkeypatch.setattr(Full, "room", 1 << 20)
+    recorder.write("train", tokens=4)
+    recorder.settle()
+    assert [e["tokens"] for e in read(path)] == [1, 2, 3, 4]
+    recorder.close()
+
+
+def test_closing_says_that_events_found_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "FileIO", Full)
+    recorder = Recorder(tmp_path / "events.jsonl")
+    monkeypatch.setattr(Full, "room", 0)
+    recorder.write("done", tokens=1)
+    with pytest.raises(NoRoom):
+        recorder.close()
+    recorder.close()
+
+
+def test_what_tells_of_faults_outlives_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    _write(path, ("train", 1), ("train", 2), ("save_failed", 2), ("set_aside", 2), ("resume", 1), ("train", 2))
+    assert [(e["event"], e["tokens"]) for e in read(path)] == [
+        ("train", 1), ("save_failed", 2), ("set_aside", 2), ("resume", 1), ("train", 2)
+    ]  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perennial.core.errors import UserError
+from perennial.core.errors import Unreadable, UserError
+from perennial.core.patience import Patience, may_come_back
 from perennial.data.corpus import Corpus, evaluation_rows, evenly_spread
 from perennial.data.packing import IGNORED, document_segments, pack
 from tests.data.corpora import random_documents, utf8_bytes, write_corpus
@@ -184,3 +187,57 @@ def test_packing_pads_only_the_last_row() -> None:
     inputs, targets = pack(np.array([1, 2, 0, 3, 0]), 3, 0)
     assert inputs.tolist() == [[0, 1, 2], [0, 3, 0]]
     assert targets.tolist() == [[1, 2, 0], [3, 0, IGNORED]]
+
+
+# What comes back
+
+
+def waiting(*repairs: Callable[[], object]) -> tuple[Patience, list[str]]:
+    """Patience during whose pauses one repair after the other is made; and what it tells."""
+    left, told = list(repairs), list[str]()
+    return Patience(60.0, told.append, lambda seconds: left.pop(0)() and None), told
+
+
+def half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_a_shard_that_is_gone_for_a_while_is_waited_for(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "c", [[1, 2, 3, 4], [5, 6]], vocabulary_size=9)
+    shard, away = corpus.path / SHARD, tmp_path / "away"
+    wanted = corpus.train.tokens(0, 8).tolist()
+    for make, repair in (
+        (lambda: os.replace(shard, away), lambda: os.replace(away, shard)),
+        (lambda: (shutil.copy(shard, away), half(shard)), lambda: shard.write_bytes(away.read_bytes())),
+        (lambda: (shutil.copy(shard, away), half(shard)), lambda: os.replace(away, shard)),  # another file by that name
+    ):
+        patience, told = waiting(lambda: None, repair)
+        opened = Corpus.open(corpus.path, patience=patience)
+        assert opened.train.tokens(0, 2).tolist() == wanted[:2]
+        make()
+        assert opened.train.tokens(0, 8).tolist() == wanted
+        assert told[0].startswith(f"{shard}: ")
+        assert told[-1] == "it works again after 3 s"
+        make()
+        patience, told = waiting(repair)
+        opened.train._patience = patience
+        assert opened.train.rows([0], 4)[1].tolist() == [wanted[:4]]
+        assert len(told) == 2
+
+
+def test_a_shard_that_does_not_come_back_is_named(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "c", [[1, 2, 3, 4], [5, 6]], vocabulary_size=9)
+    opened = Corpus.open(corpus.path, patience=Patience(4.0, sleep=lambda seconds: None))
+    opened.train.tokens(0, 2)
+    (corpus.path / SHARD).unlink()
+    with pytest.raises(Unreadable, match=r"00000.ds: cannot be read: No such file.*\n.*tried again for 4 s"):
+        opened.train.tokens(0, 2)
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_what_may_come_back_is_told_from_what_does_not(tmp_path: Path, case: str) -> None:
+    corpus = write_corpus(tmp_path / "c", [[1, 2, 3, 4], [5, 6]], vocabulary_size=9).path
+    DAMAGES[case][0](corpus)
+    with pytest.raises(UserError) as raised:
+        Corpus.open(corpus)
+    assert may_come_back(raised.value) == (case in ("missing shard", "truncated shard"))

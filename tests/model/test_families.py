@@ -26,7 +26,7 @@ from perennial.model.huggingface import load_model, save_model
 from perennial.model.transformer import Transformer
 from perennial.objectives.next_token import NextToken
 from perennial.optimizers.adamw import AdamW
-from perennial.train.step import TorchBatch
+from perennial.train.feeding import TorchBatch
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import CheckpointPolicy
 
 from perennial.core.errors import UserError
-from perennial.model import layerwise
+from perennial.model import attention, layerwise
+from perennial.model.document_attention import BlockedMask
 from perennial.model.huggingface import load_model
 from perennial.model.layerwise import Policy, checkpoint_layers, compile_layers, layers_of
 from perennial.objectives.next_token import NextToken
-from perennial.train.step import TorchBatch
+from perennial.train.feeding import TorchBatch
 from tests.foreign import ARCHITECTURES, CONTEXT, VOCABULARY, made, stored
 
 from .models import VARIANTS, tiny_model
@@ -174,6 +176,33 @@ def test_compiled_layers_give_the_same(policy: Policy) -> None:
     assert model.state_dict().keys() == tiny_model(layers=4).state_dict().keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def by_elements(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: BlockedMask) -> Tensor:
+    """In the place of a GPU's kernel: all that it reads of the mask, and a backward pass on a CPU."""
+    row, position = torch.arange(len(q_BTHK)), torch.arange(q_BTHK.shape[1])
+    seen = mask.blocks.mask_mod(row[:, None, None, None], torch.tensor(0), position[:, None], position[None])
+    heads = [x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK)]
+    out = F.scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    return out + 0 * mask.blocks.kv_indices.sum()
+
+
+@IGNORE_TRACING
+@pytest.mark.parametrize("policy", ["none", *POLICIES])
+def test_masks_of_blocks_go_through_compiled_layers(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: one graph for all layers, and none anew for the masks of the next batch."""
+    model, batches = tiny_model(layers=3, kv_heads=2), [a_batch(documents=True), a_batch(length=150, documents=True)]
+    expected = [gradients(model, batch) for batch in batches]
+    monkeypatch.setattr(attention, "has_kernel", lambda device_type: True)
+    monkeypatch.setattr(attention, "blocked_attention", by_elements)
+    checkpoint_layers(model, policy)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compile_layers(model, backend=counter)  # type: ignore[arg-type]
+    for batch, wanted in zip(batches, expected, strict=True):
+        for name, gradient in gradients(model, batch).items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 @IGNORE_TRACING

@@ -19,7 +19,7 @@ from perennial.model.document_attention import BlockedMask
 from perennial.model.layerwise import Policy, checkpoint_layers
 from perennial.model.transformer import Transformer
 from perennial.objectives.next_token import NextToken
-from perennial.train.step import TorchBatch
+from perennial.train.feeding import TorchBatch
 
 from .models import VARIANTS, tiny_config
 

@@ -25,8 +25,9 @@ from perennial.model.through_transformers import TransformersModel, from_config
 from perennial.objectives.next_token import NextToken
 from perennial.optimizers.adamw import AdamW
 from perennial.optimizers.muon import Muon
+from perennial.train.feeding import TorchBatch
 from perennial.train.parallel import Spread, World
-from perennial.train.step import TorchBatch, make_update
+from perennial.train.step import make_update
 from tests.foreign import ARCHITECTURES, CONTEXT, VOCABULARY, made, stored
 
 transformers = pytest.importorskip("transformers")

@@ -19,8 +19,8 @@ from perennial.model.transformer import Transformer
 from perennial.objectives.next_token import NextToken
 from perennial.plan.memory import CHUNK_TOKENS
 from perennial.train import saving
+from perennial.train.feeding import TorchBatch
 from perennial.train.new_rows import NewRows
-from perennial.train.step import TorchBatch
 from tests.model.models import VARIANTS, tiny_config, tiny_model
 
 SHAPES = [(3, 40, False), (2, 200, True), (1, 600, False)]

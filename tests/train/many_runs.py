@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.train.many_runs RUNS.json
 
-RUNS.json: [{"out": run folder, "recipe": recipe to start, or null to resume}]
+RUNS.json: [{"out": run folder, "recipe": recipe to start, or null to resume, "parallel": how, when it is resumed,
+"behind": whether to save while training goes on}]
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ def run_all(runs: list[dict[str, Any]], processes: int, work: Path, *, seconds: 
 
 def main() -> None:
     faulthandler.dump_traceback_later(100, exit=True)  # a process that waits for one that failed says where
-    from perennial.train import run
+    from perennial.train import run, saving
     from perennial.train.parallel import join_world, leave_world
     from perennial.train.recipe import parse_recipe
 
     run.leave_world = lambda world: None  # a process group cannot be joined twice under one torchrun
     for asked in json.loads(Path(sys.argv[1]).read_text()):
+        saving.LARGE_BYTES = 0 if asked.get("behind") else 1 << 28
         if asked["recipe"] is None:
             run.train(Path(asked["out"]), parallel=asked.get("parallel", ()), quiet=True)
         else:

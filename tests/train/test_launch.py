@@ -242,18 +242,20 @@ def test_the_cause_is_told_and_not_what_followed_from_it(tmp_path: Path) -> None
     lost = "Traceback\nRuntimeError: [gloo] Connection closed by peer [127.0.0.1]:4"
     reported(tmp_path, ended(0, 1, lost, final=False), ended(2, 1, "Traceback\nValueError: cause", final=False))
     assert workers.crash(tmp_path, 0).startswith("process 2 failed:")
-    assert workers.crash(tmp_path, 0, {1: "SIGKILL"}).startswith("process 2 failed:")
+    assert workers.crash(tmp_path, 0, {1: -signal.SIGKILL}).startswith("process 2 failed:")
     reported(tmp_path, ended(2, 1, lost, final=False))
-    assert workers.crash(tmp_path, 0, {1: "SIGSEGV"}) == "process 1 was killed by SIGSEGV"
+    assert workers.crash(tmp_path, 0, {0: 1, 1: -signal.SIGSEGV}) == "process 1 was killed by SIGSEGV"
+    assert "memory runs out" in workers.crash(tmp_path, 0, {1: -signal.SIGKILL})
+    assert workers.crash(tmp_path, 0, {1: 70}).startswith("process 1 ended with exit code 70")
     (tmp_path / "1.pid").write_text("1", encoding="utf-8")
-    assert workers.crash(tmp_path, 0).startswith("process 1 was killed (")
-    assert workers.crash(tmp_path, 5).startswith("process 0 was killed")
+    assert workers.crash(tmp_path, 0) == "process 1 was killed, or ended without a word"
+    assert workers.crash(tmp_path, 5).startswith("process 0 was killed, or")
 
 
 def test_a_stop_before_anything_began(tmp_path: Path) -> None:
     workers.request_stop(tmp_path, signal.SIGTERM)
     assert workers.is_stopping(tmp_path)
-    assert launch._told(tmp_path, None, 3) == (130, "")
+    assert launch._told(tmp_path, {}, 3) == (130, "")
 
 
 def test_a_request_to_stop_reaches_only_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,3 +277,30 @@ def test_variables_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch._variables(3)["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert "OMP_NUM_THREADS" not in launch._variables(3)
+
+
+def test_a_process_that_is_started_again_after_the_end_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from perennial.cli import _worker
+
+    monkeypatch.setenv(workers.FOLDER_VARIABLE, str(tmp_path))
+    reported(tmp_path, ended(1, 2, "bad input"))
+    assert _worker.main() == 0
+    assert len(workers.outcomes(tmp_path)) == 1
+
+
+def test_torchrun_in_words() -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from perennial.train.torchrun import verdict
+
+    def failed(code: int) -> ProcessFailure:
+        return ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file="none")
+
+    assert verdict({0: failed(130), 1: failed(130)}) == (130, "stopped")
+    assert verdict({0: failed(1), 1: failed(2)})[0] == 2
+    code, told = verdict({4: failed(1), 5: failed(-signal.SIGKILL)})
+    assert code == 1
+    assert told.startswith("process 5 was killed by SIGKILL")
+    assert verdict({4: failed(1)})[1].startswith("process 4 failed (exit code 1)")

@@ -91,6 +91,9 @@ def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path
             {"out": str(folder / f"{processes} {name}"), "recipe": recipe(workspace, parallel=parallel)}
             for name, parallel in layouts.items()
         ]
+        if processes == 2:
+            sharded = recipe(workspace, parallel=layouts["shards"])
+            asked.append({"out": str(folder / "2 behind"), "recipe": sharded, "behind": True})
         run_all(asked, processes, folder)
     return folder
 
@@ -112,6 +115,14 @@ def test_a_checkpoint_is_the_same_kind_of_folder_whoever_wrote_it(runs: Path) ->
         shards = events(runs / f"{processes} {name}", "run")[0]["layout"]["shards"]
         tensor = events(runs / f"{processes} {name}", "run")[0]["layout"]["tensor"]
         assert len(parts) == shards * tensor, (processes, name, parts)
+
+
+def test_what_is_saved_while_training_goes_on_is_the_same(runs: Path) -> None:
+    """Tolerance 0, in every checkpoint."""
+    for one, other in zip(checkpoints_of(runs / "2 shards"), checkpoints_of(runs / "2 behind"), strict=True):
+        files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+        assert len(files) == 3
+        assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
 def test_what_some_processes_saved_any_other_number_goes_on_from(runs: Path, workspace: Workspace) -> None:

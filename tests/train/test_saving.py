@@ -132,7 +132,7 @@ def test_a_snapshot_is_of_one_moment(tmp_path: Path, workspace: Workspace) -> No
     """What it copied stays as it was, whatever training does to model and moments."""
     model, moments = tiny_model(), {"model.norm.weight.exp_avg": torch.zeros(16)}
     before = model.model.norm.weight.detach().clone()
-    known: dict[str, Any] = dict.fromkeys(("progress", "lineage", "recipe_hash", "companions"))
+    known: dict[str, Any] = dict.fromkeys(("progress", "lineage", "recipe_hash", "companions", "own"))
     known["tokenizer"] = TokenizerFolder.open(workspace.old / "tokenizer")
     taken = checkpoint.snapshot(model, moments, crew=Crew(World(0, 1, torch.device("cpu"))), copies=True, **known)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perennial.train import stalls
-from perennial.train.stalls import Stall, Stopwatch, shown_data, stall
+from perennial.train.stalls import Lately, Stall, Stopwatch, stall
 
 CPU = torch.device("cpu")
 
@@ -38,11 +38,18 @@ def test_delays_that_strike_another_process_each_time_are_counted() -> None:
 
 
 def test_the_progress_line_tells_what_matters_only() -> None:
-    assert Stall(1.0, 3, 0.0).shown(10.0) == "waited 10% for rank 3 (compute)"
-    assert Stall(0.4, 3, 0.4).shown(10.0) == ""
-    assert Stall(0.4, 3, 0.4).shown(0.0) == ""
-    assert shown_data(2.0, 10.0) == "data 20% (2 s)"
-    assert shown_data(0.2, 10.0) == ""
+    lately = Lately()
+
+    def ten(data_seconds: float, stall: Stall | None) -> str:
+        return [lately.after(1.0, data_seconds, stall if n == 9 else None) for n in range(10)][-1]
+
+    assert ten(0.0, None) == ""
+    assert ten(0.2, None) == ", 20% waiting for data"
+    assert lately.after(1.0, 0.0, None) == ", 20% waiting for data"  # until the next ten are done
+    assert [lately.after(1.0, 0.0, None) for _ in range(9)][-1] == ""
+    assert ten(0.01, Stall(1.0, 3, 0.0)) == ", 10% for rank 3 (compute)"
+    assert ten(0.1, Stall(0.9, 3, 0.9)) == ", 10% waiting for data, 9% for rank 3 (data)"
+    assert ten(0.0, Stall(0.4, 3, 0.0)) == ""
 
 
 def test_a_stopwatch_times_until_the_last_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,14 +64,18 @@ def test_a_stopwatch_times_until_the_last_gradient(monkeypatch: pytest.MonkeyPat
         return own
 
     watch = Stopwatch(rank=1, size=2, device=CPU, gather=gather, on_last_gradient=lambda: marks.append(1))
-    weight = torch.nn.Parameter(torch.ones(2))
-    watch.watch(weight)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    watch.watch(model)
+    watch.watch(model)  # another stage
     results = []
     for _ in range(stalls.EVERY):
         watch.begin(0.25)
-        for _ in range(2):  # micro-batches: the last one counts
-            (weight * 2).sum().backward()
+        next(clock)  # what is exchanged before forward does not count
+        for _ in range(2):  # micro-batches: from the first one on, to the last
+            model(torch.ones(1, 2)).sum().backward()
         results.append(watch.settle())
+    with torch.no_grad():
+        model(torch.ones(1, 2))  # an evaluation in between
     assert results[:-1] == [None] * (stalls.EVERY - 1)
     assert sent[0][1].tolist() == [[0.25, 2.0]] * stalls.EVERY
     assert results[-1] == Stall(pytest.approx(1.75 * stalls.EVERY), 0, 0.0)
@@ -80,9 +91,9 @@ def test_updates_that_were_called_off_are_forgotten() -> None:
 
 def test_a_process_alone_times_nothing() -> None:
     watch = Stopwatch(rank=0, size=1, device=CPU, gather=lambda own: own)
-    weight = torch.nn.Parameter(torch.ones(2))
-    watch.watch(weight)
+    model = torch.nn.Linear(2, 2)
+    watch.watch(model)
     for _ in range(2 * stalls.EVERY):
         watch.begin(0.1)
-        weight.sum().backward()
+        model(torch.ones(1, 2)).sum().backward()
         assert watch.settle() is None

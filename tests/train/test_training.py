@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from perennial.core import lineage, records
 from perennial.core.errors import TrainingStopped, UserError
 from perennial.core.lineage import newest_checkpoint
+from perennial.core.patience import Patience, say_nothing
 from perennial.train import checkpoint, tensor_files
 from perennial.train.recipe import SpikeSettings, parse_recipe
 from perennial.train.run import start, train
@@ -319,16 +320,90 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoints(
 
     def full(*given: Any) -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) > 1:
             raise OSError(28, "No space left on device")
         original(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(tensor_files, "write_file", full)
-        with pytest.raises(UserError, match="disk is full"):
+        with pytest.raises(UserError, match="disk is full"):  # at the end; on the way training goes on
             start(parse_recipe(workspace.recipe()), run, base=Path(), quiet=True)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["1024"]
+    assert [e["tokens"] for e in records.read(run / "events.jsonl", "save_failed")] == [2048, 2304, 2560, 2816]
     assert train(run, quiet=True)["complete"]
+
+
+def test_a_save_that_failed_is_made_up_for_a_little_later(
+    workspace: Any, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls = tmp_path / "run", []
+    original = tensor_files.write_file
+
+    def full(*given: Any) -> None:
+        calls.append(1)
+        if len(calls) in (1, 2):
+            raise OSError(28, "No space left on device")
+        original(*given)
+
+    monkeypatch.setattr(tensor_files, "write_file", full)
+    assert start(parse_recipe(two_stages(workspace)), run, base=Path(), quiet=True)["complete"]
+    events = records.read(run / "events.jsonl")
+    assert [e["tokens"] for e in events if e["event"] == "save_failed"] == [1024, 1280]
+    assert [e["tokens"] for e in events if e["event"] == "checkpoint"] == [1536, 2048, 3072, 4096]
+    assert_same_run(run, straight)
+
+
+def test_the_last_save_is_tried_again_for_a_while(
+    workspace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, failed = tmp_path / "run", []
+    original = checkpoint.save
+
+    def full(checkpoints: Path, taken: Any, crew: Any) -> Path:
+        if taken.progress.tokens == 3072 and len(failed) < 3:
+            failed.append(1)
+            raise UserError("the disk is full")
+        return original(checkpoints, taken, crew)
+
+    pauses: list[float] = []
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr("perennial.core.patience.time.sleep", pauses.append)
+    monkeypatch.setattr(Patience.__init__, "__defaults__", (say_nothing, pauses.append))
+    monkeypatch.setenv("PERENNIAL_PATIENCE", "1 min")
+    assert start(parse_recipe(workspace.recipe()), run, base=Path(), quiet=True)["complete"]
+    assert pauses == [1, 2, 4]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_before_it(
+    workspace: Any, straight: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    (run / "events.jsonl").write_text("".join(x for x in lines if json.loads(x)["event"] != "done"))
+    damaged = sorted((run / "checkpoints").iterdir(), key=lambda p: int(p.name))[-1]
+    os.truncate(damaged / "model.safetensors", 1000)
+    kept = (damaged / "model.safetensors").read_bytes()
+    assert train(run, quiet=True)["complete"]
+    aside = damaged.with_name(f"{damaged.name}.damaged")
+    assert (aside / "model.safetensors").read_bytes() == kept
+    assert_same_run(run, straight)
+    event = records.read(run / "events.jsonl", "set_aside")[0]
+    assert (event["tokens"], event["path"]) == (4096, aside.name)
+    assert "model.safetensors has 1000 bytes" in event["reason"]
+
+
+def test_when_every_checkpoint_is_damaged_the_run_begins_again(workspace: Any, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    (run / "events.jsonl").write_text("".join(x for x in lines if json.loads(x)["event"] != "done"))
+    for path in (run / "checkpoints").iterdir():
+        (path / "config.json").unlink()
+    assert train(run, quiet=True)["complete"]
+    assert_same_run(run, straight)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir() if path.suffix)
+    assert names == ["2048.damaged", "3072.damaged", "4096.damaged"]
 
 
 def test_the_events_of_a_run_are_plain_json(straight: Path) -> None:

@@ -215,6 +215,7 @@ from perennial.train.watchdog import exchange_limit, watch
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", timeout=exchange_limit())
 dog = watch(rank, 2, torch.device("cpu"))
+dog.start()
 print("ready", flush=True)
 for update in range(1, 1000):
     dog.enter("data", update)
@@ -277,7 +278,7 @@ def test_a_process_that_sleeps_is_named_and_shows_where(tmp_path: Path) -> None:
         told = [process.communicate(timeout=30)[1] for process in running]
         assert EXIT_CODE in (running[0].returncode, running[1].returncode), told
         assert "rank 0 (" in told[1] + told[0]
-        assert "worker.py:13 in <module>" in told[0] + told[1]  # time.sleep(1000)
+        assert "worker.py:14 in <module>" in told[0] + told[1]  # time.sleep(1000)
         assert "phase 'data'" in told[1] + told[0]
     finally:
         end(running)

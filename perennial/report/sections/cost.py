@@ -38,6 +38,11 @@ _GAP = "<b>Average</b>: mean loss over the old and new corpora minus the baselin
 _SPEED = (
     "Medians over the run's updates. <b>MFU</b>: FLOPs per second against what the machine reaches in large products."
 )
+_STRAGGLER = (
+    "Part of the training time: what processes waited for the slowest of them at each update, on average, and the "
+    "rank that was waited for longest."
+)
+_SENT = "By each process to the other workers: gradients, or the steps of workers that train apart."
 _KINDS = {"train": "Training", "data": "Waiting<br>for data", "evaluate": "Evaluation", "save": "Saving"}
 
 
@@ -125,12 +130,39 @@ def _time(comparison: Comparison, footnotes: Footnotes) -> str:
         Column(_KINDS.get(kind, escape(kind)), [seconds(row.seconds.get(kind)) for row in rows], "Time")
         for kind in kinds
     ]
+    if any(_straggling(run) is not None for run in runs):
+        waited = footnotes.mark(_STRAGGLER)
+        columns.append(Column(f"Waiting for<br>the slowest{waited}", [_slowest(run) for run in runs], "Time"))
     columns += [
         Column("Tokens/s", [_median(run, "tokens_per_second", human) for run in runs], f"Speed{mark}"),
         Column("MFU", [_median(run, "mfu", lambda share: f"{share:.0%}") for run in runs], f"Speed{mark}"),
         Column("Memory", [_highest(run) for run in runs], f"Speed{mark}"),
     ]
+    if any(_sent(run) for run in runs):
+        cells = [human_bytes(_sent(run)).replace(" ", "&nbsp;") for run in runs]
+        columns.append(Column(f"Sent{footnotes.mark(_SENT)}", cells, f"Speed{mark}"))
     return table(("Run", [run_label(row, i, tag=False) for i, row, _ in shown]), columns, caption="Time and speed")
+
+
+def _straggling(run: Run) -> float | None:
+    """Seconds that the run's processes waited for the slowest of them; None for a run of one process."""
+    known = run.training["straggler_seconds"][np.isfinite(run.training["straggler_seconds"])]
+    return float(known.sum()) if len(known) else None
+
+
+def _sent(run: Run) -> float:
+    """Bytes that each of the run's processes sent to the end; 0 where that is not recorded."""
+    return float(np.nan_to_num(run.training["sent_bytes"]).max(initial=0.0))
+
+
+def _slowest(run: Run) -> str:
+    waited = _straggling(run)
+    if waited is None:
+        return NONE
+    known = np.isfinite(run.training["straggler"]) & np.isfinite(run.training["straggler_seconds"])
+    ranks = run.training["straggler"][known].astype(int)
+    most = int(np.bincount(ranks, run.training["straggler_seconds"][known]).argmax())
+    return f"{seconds(waited)}&nbsp;(rank&nbsp;{most})"
 
 
 def _median(run: Run, column: str, write: Callable[[float], str]) -> str:

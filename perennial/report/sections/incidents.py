@@ -1,4 +1,4 @@
-"""Spikes, rollbacks, resumes and stops: everything that interrupted a run."""
+"""Spikes, rollbacks, resumes, stops, hangs and failed saves: everything that interrupted a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Incidents(Section):
             return ""
         columns = [
             Column("At tokens", [amount(number(event.get("tokens", 0))) for _, _, event in listed]),
-            Column("What", [escape(event["event"]) for _, _, event in listed], text=True),
+            Column("What", [escape(event["event"].replace("_", " ")) for _, _, event in listed], text=True),
             Column("Details", [_details(event) for _, _, event in listed], text=True, wrap=True),
         ]
         words = (
@@ -45,6 +45,19 @@ def _details(event: dict[str, Any]) -> str:
         if isinstance(skipped, list) and len(skipped) == 2:
             return f"back to the last checkpoint, rows {escape(skipped[0])} up to {escape(skipped[1])} passed over"
         return "back to the last checkpoint"
-    if kind == "stop":
+    if kind in ("stop", "set_aside", "save_failed"):
         return escape(event.get("reason", ""))
+    if kind == "hang":
+        return _hanging(event.get("behind"))
     return {"resume": "went on from the checkpoint there", "restart": "began again: no checkpoint was there yet"}[kind]
+
+
+def _hanging(behind: Any) -> str:
+    if not isinstance(behind, list) or not behind:
+        return "all processes stood still in the same place"
+    told = [
+        f"rank {escape(one.get('rank'))} in phase '{escape(one.get('phase'))}' for {number(one.get('seconds')):.0f} s"
+        for one in behind
+        if isinstance(one, dict)
+    ]
+    return f"the others waited for {', '.join(told)}"

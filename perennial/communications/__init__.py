@@ -1,0 +1,1 @@
+"""How processes that hold copies of the model keep them together."""
