@@ -1,7 +1,7 @@
 """DiLoCo against summing gradients on every update: final loss at equal tokens, and bytes sent.
 
     python benchmarks/diloco.py [--work FOLDER] [--records FOLDER] [--workers 2] [--seeds 1]
-        [--updates 1500] [--outer 0.7:0.5 1:0 ...] [--corpora FOLDER]
+        [--updates 1500] [--sequences 4] [--peak 1e-3] [--outer 0.7:0.5 1:0 ...] [--corpora FOLDER]
 
 On the demo's corpora (documentation and source code of this Python installation): a base from random weights on the
 old corpus, and its continuation on the new one with replay as `perennial continue` derives it; each with every_update
@@ -20,8 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BATCH = {"sequences": 4, "sequence_length": 128}
-PEAK = 5e-3
+LENGTH = 128
 BAR = 0.01
 SUMMED = "every_update"
 
@@ -70,12 +69,12 @@ def communications(inner: int, outer: list[str]) -> dict[str, Any]:
 
 def base_recipe(corpora: dict[str, Path], arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """A new model on the old corpus."""
-    tokens = arguments.updates * BATCH["sequences"] * BATCH["sequence_length"]
+    batch = {"sequences": arguments.sequences, "sequence_length": LENGTH}
     stage = {
         "name": "pretrain",
-        "budget": f"{tokens} tokens",
+        "budget": f"{arguments.updates * arguments.sequences * LENGTH} tokens",
         "mixture": {"old": "100%"},
-        "schedule": {"name": "cosine", "peak": PEAK, "final": PEAK / 10, "warmup": "5%"},
+        "schedule": {"name": "cosine", "peak": arguments.peak, "final": arguments.peak / 10, "warmup": "5%"},
     }
     return {
         "name": "base",
@@ -83,7 +82,7 @@ def base_recipe(corpora: dict[str, Path], arguments: argparse.Namespace, seed: i
         "model": {"preset": arguments.preset},
         "corpora": {"old": str(corpora["old"])},
         "stages": [stage],
-        "batch": BATCH,
+        "batch": batch,
     }
 
 
@@ -94,7 +93,7 @@ def continued_recipe(
     from perennial.core.lineage import newest_checkpoint
     from perennial.train.continuing import derive
 
-    tokens = arguments.updates * BATCH["sequences"] * BATCH["sequence_length"]
+    tokens = arguments.updates * arguments.sequences * LENGTH
     new, place = {"new": corpora["new"]}, parent.parents[1] / "continued"  # where the recipe will lie
     found = derive(newest_checkpoint(parent), new, budget=f"{tokens} tokens", base=place, name="continued", seed=seed)
     return dict(found.recipe.model_dump(mode="json", exclude_unset=True))
@@ -166,6 +165,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--sequences", type=int, default=4, help="rows of 128 tokens in an update, over all workers")
+    parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--inner", type=int, default=30)
     parser.add_argument("--preset", default="1m")
     parser.add_argument("--outer", nargs="*", default=[], metavar="RATE:MOMENTUM")
@@ -175,7 +176,8 @@ def main() -> None:
     corpora = prepare_all(arguments.work, arguments.corpora)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for seed in range(arguments.seeds):
-        folder = arguments.work / f"{arguments.workers}-workers-{arguments.updates}-updates" / f"seed{seed}"
+        setting = f"{arguments.workers}-workers-{arguments.updates}x{arguments.sequences}-peak-{arguments.peak:g}"
+        folder = arguments.work / setting / f"seed{seed}"
         for task in arguments.tasks:
             base = folder / "base" / SUMMED
             for name, communication in communications(arguments.inner, arguments.outer).items():

@@ -736,11 +736,11 @@ def saving_fails(where: str) -> tuple[Any, str, int]:
     """A function that saving needs, and how many of its calls succeed: those of the first checkpoint."""
     from perennial.core import files
     from perennial.model import storage
-    from perennial.train import checkpoint
+    from perennial.train import tensor_files
 
     return {
         "weights": (storage, "save_file", 1),
-        "optimizer": (checkpoint, "save_file", 1),
+        "optimizer": (tensor_files, "write_file", 1),
         "manifest": (files, "write_manifest", 1),
         "renaming": (files, "publish", 1),
         "events": (Recorder, "write", 9),

@@ -121,7 +121,8 @@ def test_its_continuation(job: Job) -> None:
     assert result.keys() == SUMMARY
     assert job.said["update again"]["result"] == result  # what is done is not done again
     before, after = (result["evaluation"][moment] for moment in ("before", "after"))
-    assert before["old"] == pytest.approx(job.said["base"]["evaluation"]["after"]["old"])
+    # the base was measured in fp32, its continuation is in bf16 where that is native
+    assert before["old"] == pytest.approx(job.said["base"]["evaluation"]["after"]["old"], rel=1e-4)
     assert after["new"]["nats_per_token"] < before["new"]["nats_per_token"]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +109,11 @@ def live_peak(model: Transformer, training: Training) -> int:
             (loss.total / ids.numel()).backward()
 
     update()
+    return int(statistics.median(_recorded_peak(model, update) for _ in range(3)))
+
+
+def _recorded_peak(model: Transformer, update: Callable[[], None]) -> int:
+    """The most that is held at once; on a busy machine single events may be recorded out of order."""
     for parameter in model.parameters():
         parameter.grad = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
