@@ -66,6 +66,7 @@ def test_rows_are_halved_when_memory_runs_out(gpu_speed: ModuleType, monkeypatch
     assert tried == [16, 8, 4]
 
 
+@pytest.mark.slow
 def test_a_tiny_run_and_its_second_start(gpu_speed: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--sizes", "tiny", "--updates", "4", "--skip", "2", "--contenders", "perennial"]
     done = subprocess.run(

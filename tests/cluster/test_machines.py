@@ -171,6 +171,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {e["tokens"]: e["loss"] for e in records.read(path, "train")} if path.is_file() else {}
 
 
+@pytest.mark.slow
 def test_doctor_names_the_slow_link(machines: Machines, over_ssh: dict[str, str], tmp_path: Path) -> None:
     if shutil.which("tc") is None:
         pytest.skip("tc is not installed")
@@ -193,6 +194,7 @@ def test_doctor_names_the_slow_link(machines: Machines, over_ssh: dict[str, str]
     assert socket.gethostname() not in done.stdout
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one_process_does(
     workspace: Workspace, machines: Machines, over_ssh: dict[str, str], tmp_path: Path
 ) -> None:

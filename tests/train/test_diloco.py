@@ -124,6 +124,7 @@ def test_the_loss_told_is_that_of_all_rows(runs: Path) -> None:
     assert told["bf16"][-1] == pytest.approx(told["apart"][-1], abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_worker_may_be_a_group_that_shards_its_model(grouped: Path) -> None:
     """Two workers of two processes compute what two of one do, and read what those have saved."""
     losses = {n: [e["loss"] for e in events(grouped / n, "train")] for n in ("apart", "groups", "apart then groups")}
