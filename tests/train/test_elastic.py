@@ -136,6 +136,7 @@ def test_killed_processes_go_on_by_themselves(recipe: Path, tmp_path: Path) -> N
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_slow_rank_is_named_and_so_is_a_hung_one_and_the_run_goes_on(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     here = {"PYTHONPATH": str(Path(__file__).parents[2]), "PERENNIAL_TIMEOUT": "3 s"}

@@ -158,6 +158,7 @@ def test_an_interrupt_stops_and_processes_go_on(faulty: Path, tmp_path: Path) ->
     assert [e["tokens"] for e in records.read(folder / "events.jsonl", "resume")] == [saved]
 
 
+@pytest.mark.slow
 def test_continue_prepares_text_once(workspace: Workspace, tmp_path: Path) -> None:
     start(parse_recipe(workspace.recipe()), tmp_path / "base", base=Path(), quiet=True)
     given = ("--data", f"new={workspace.new_text}", "--tokens", "1024", "--out", tmp_path / "update")

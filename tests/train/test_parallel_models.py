@@ -23,6 +23,7 @@ from tests.train.many_runs import run_all
 from tests.workspace import Workspace
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 FULL: dict[str, Any] = {"shard": "full"}
 DIVIDED: dict[str, Any] = {"tensor": 2}
