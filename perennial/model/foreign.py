@@ -6,12 +6,14 @@ the configuration of any model, native or not, so that what comes after need not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
 
 from perennial.core.errors import UserError
+from perennial.core.layout import Layout, divisors, listed
 from perennial.core.settings import Settings, check, raise_problems
 from perennial.model import cost
 from perennial.model.config import ModelConfig
@@ -156,3 +158,17 @@ def notes(config: TransformersConfig) -> list[str]:
     if config.experts:
         found.append("the router's auxiliary losses are not added to the loss")
     return found
+
+
+def check_divisible(config: AnyConfig, layout: Layout) -> None:
+    """Raises UserError for a model that cannot be divided between the processes of a 'tensor' group."""
+    if layout.tensor == 1:
+        return
+    if not isinstance(config, ModelConfig):
+        raise UserError(f"parallel.tensor {layout.tensor}: a model run through transformers is not divided; use shard")
+    for name in ("kv_heads", "heads", "mlp_width"):
+        if getattr(config, name) % layout.tensor:
+            raise UserError(
+                f"parallel.tensor {layout.tensor} does not divide the model's {name}, {getattr(config, name)}; "
+                f"allowed: {listed(divisors(math.gcd(config.kv_heads, config.heads, config.mlp_width)))}"
+            )

@@ -33,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5e9
 """Weights beyond this are split into several files."""
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -51,9 +51,9 @@ _DTYPES = {
 _FLOATS = ("F64", "F32", "BF16", "F16")
 """Those that weights can be read from; the shorter ones are quantised, and mean nothing without their scales."""
 
-STORABLE = frozenset(_DTYPES.values())
+STORABLE = frozenset(DTYPES.values())
 """What can be stored and is copied as it is."""
-FLOATS = frozenset(_DTYPES[name] for name in _FLOATS)
+FLOATS = frozenset(DTYPES[name] for name in _FLOATS)
 """What can be converted to one another."""
 
 _PIECE_BYTES = 1 << 20
@@ -135,9 +135,9 @@ class StoredTensors:
     def dtype(self, name: str) -> torch.dtype:
         """The type that a tensor is stored in, integers included. Raises UserError for one that is not known here."""
         entry = self._entries[name]
-        if entry.type not in _DTYPES:
-            raise UserError(f"{entry.path}: {name} is stored as {entry.type}; supported: {', '.join(_DTYPES)}")
-        return _DTYPES[entry.type]
+        if entry.type not in DTYPES:
+            raise UserError(f"{entry.path}: {name} is stored as {entry.type}; supported: {', '.join(DTYPES)}")
+        return DTYPES[entry.type]
 
     def read(self, name: str, *, shape: list[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of floats in memory of its own, in the type that it is stored in or in `dtype`.
@@ -258,7 +258,7 @@ def _fill(entry: _Entry, out: Tensor) -> tuple[int, int]:
 
     Returns how many of its values are not finite, and how many more are infinite in the type of `out`.
     """
-    stored = _DTYPES[entry.type]
+    stored = DTYPES[entry.type]
     can_overflow = _has_larger_values(stored, out.dtype)
     step = _PIECE_BYTES // stored.itemsize
     of_thread = threading.local()

@@ -18,7 +18,7 @@ from perennial.core.environment import memory_bytes
 from perennial.core.errors import UserError
 from perennial.core.layout import Layout, choose_layout, divisors
 from perennial.model.config import ModelConfig
-from perennial.model.foreign import AnyConfig, num_parameters
+from perennial.model.foreign import AnyConfig, check_divisible, num_parameters
 from perennial.model.memory import (
     Checkpointing,
     Device,
@@ -177,22 +177,10 @@ def layout_of(run: Run) -> Layout:
         needed_bytes=needed,
         device_bytes=run.limit_bytes,
     )
-    _check_divisible(run.config, layout)
+    check_divisible(run.config, layout)
     if layout.replicas * layout.shards > run.sequences:
         raise UserError(f"{run.processes} processes for batch.sequences {run.sequences}: each needs a row; use fewer")
     return layout
-
-
-def _check_divisible(config: AnyConfig, layout: Layout) -> None:
-    if layout.tensor == 1:
-        return
-    if not isinstance(config, ModelConfig):
-        raise UserError(f"parallel.tensor {layout.tensor}: a model run through transformers is not divided; use shard")
-    for name in ("kv_heads", "heads", "mlp_width"):
-        if getattr(config, name) % layout.tensor:
-            raise UserError(
-                f"parallel.tensor {layout.tensor} does not divide the model's {name}, {getattr(config, name)}"
-            )
 
 
 def _rows_of_a_process(run: Run, layout: Layout) -> int:

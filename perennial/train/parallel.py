@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -26,9 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from perennial.core.errors import UserError
-from perennial.core.layout import Layout, divisors, listed
-from perennial.model.config import ModelConfig
+from perennial.core.layout import Layout
 from perennial.model.layerwise import layers_of
 from perennial.model.placement import local_part, mesh_of
 from perennial.model.through_transformers import AnyModel
@@ -125,20 +122,6 @@ def placed(world: World, layout: Layout) -> World:
     shape = (layout.replicas, layout.shards, layout.tensor)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
     return replace(world, layout=layout, mesh=mesh)
-
-
-def check_divisible(config: Any, layout: Layout) -> None:
-    """Raises UserError for a model that cannot be divided between the processes of a 'tensor' group."""
-    if layout.tensor == 1:
-        return
-    if not isinstance(config, ModelConfig):
-        raise UserError(f"parallel.tensor {layout.tensor}: a model run through transformers is not divided; use shard")
-    for name in ("kv_heads", "heads", "mlp_width"):
-        if getattr(config, name) % layout.tensor:
-            raise UserError(
-                f"parallel.tensor {layout.tensor} does not divide the model's {name}, {getattr(config, name)}; "
-                f"allowed: {listed(divisors(math.gcd(config.kv_heads, config.heads, config.mlp_width)))}"
-            )
 
 
 # Spreading a model

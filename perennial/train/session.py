@@ -34,7 +34,7 @@ from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.evals.loss import evaluate
 from perennial.model.card import Companions, read_companions
 from perennial.model.config import ModelConfig
-from perennial.model.foreign import AnyConfig, num_parameters, parse_config, state_bytes
+from perennial.model.foreign import AnyConfig, check_divisible, num_parameters, parse_config, state_bytes
 from perennial.model.inspection import weights_id
 from perennial.model.layerwise import checkpoint_layers, compile_layers
 from perennial.model.placement import local_part
@@ -51,7 +51,6 @@ from perennial.train.parallel import (
     Spread,
     World,
     any_of,
-    check_divisible,
     device_bytes,
     placed,
     processes_per_machine,

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perennial.core.errors import UserError
+from perennial.model.storage import DTYPES
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def stored_parts(folder: Path, name: str) -> list[Part]:
                 placed = json.loads((file.metadata() or {}).get("parts", "{}"))
                 for stored in file.keys():  # noqa: SIM118  # not a mapping
                     header = file.get_slice(stored)
-                    shape, dtype = torch.Size(header.get_shape()), _TYPES[header.get_dtype()]
+                    shape, dtype = torch.Size(header.get_shape()), DTYPES[header.get_dtype()]
                     facts = placed.get(stored, {"of": stored, "from": [0] * len(shape), "shape": shape})
                     whole, offset = torch.Size(facts["shape"]), torch.Size(facts["from"])
                     found.append(Part(facts["of"], whole, offset, shape, dtype, path, stored))
@@ -123,17 +124,3 @@ def _files(folder: Path, name: str) -> list[Path]:
         if len(files) != number:
             raise UserError(f"{folder}: has {len(files)} of the {number} files {name}-*.safetensors")
     return files
-
-
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
