@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from perennial.model import flops
 from perennial.model.config import ModelConfig
 
 
@@ -47,7 +48,6 @@ def num_parameters(config: ModelConfig) -> Parameters:
     D, Q, S = config.width, config.heads * config.head_width, config.kv_heads * config.head_width
     F, L = config.mlp_width, config.layers
     table = config.vocabulary_size * D
-    matrix = 2 * D * Q + 2 * D * S + (3 if config.gated_mlp else 2) * D * F
     norm = 2 * D + {"none": 0, "head": 2 * config.head_width, "projection": Q + S}[config.qk_norm]
     bias = config.qkv_bias * (Q + 2 * S) + config.output_bias * D
     bias += config.mlp_bias * ((2 if config.gated_mlp else 1) * F + D)
@@ -55,9 +55,23 @@ def num_parameters(config: ModelConfig) -> Parameters:
     return Parameters(
         embedding=table + (config.context * D if config.positions == "learned" else 0),
         head=0 if config.tied_embeddings else table,
-        matrix=L * matrix,
+        matrix=dimensions(config).matrix_parameters,
         norm=L * norm + D,
         bias=L * (bias + 2 * shifts) + shifts,
+    )
+
+
+def dimensions(config: ModelConfig) -> flops.Dimensions:
+    """The sizes of a configuration's matrix products; `flops` has the other counts of what training costs."""
+    return flops.Dimensions(
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        attention_width=config.heads * config.head_width,
+        key_width=config.kv_heads * config.head_width,
+        mlp_width=config.mlp_width,
+        vocabulary_size=config.vocabulary_size,
+        gated_mlp=config.gated_mlp,
     )
 
 
@@ -66,9 +80,7 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
     Source: Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B. Differs: with the head, without the embedding.
     """
-    head = config.vocabulary_size * config.width
-    attention = 4 * config.heads * config.head_width * sequence_length
-    return 2 * (num_parameters(config).matrix + head) + config.layers * attention
+    return flops.forward_flops_per_token(dimensions(config), sequence_length, "attention")
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
