@@ -34,13 +34,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what you know of the past of a model from elsewhere: tokens=2T, flops=1e22, peak=3e-4 (highest learning "
         "rate) or rate=3e-5 (final one); the rest is estimated",
     )
-    parser.add_argument(
-        "--moved", action="append", default=[], metavar="NAME=PATH", help="where a corpus of the parent lies now"
+    words = "where a corpus of the parent lies now"
+    parser.add_argument("--moved", action="append", default=[], metavar="NAME=PATH", help=words)
+    words = "learning rate to re-warm to (default: from the budget)"
+    parser.add_argument("--peak", type=float, metavar="RATE", help=words)
+    words = (
+        "one of `perennial list continuations`, or '{name: wsd, decay: 10%%}' (default: by lineage, shift and budget)"
     )
-    parser.add_argument(
-        "--peak", type=float, metavar="RATE", help="learning rate to re-warm to (default: from the budget)"
-    )
-    parser.add_argument("--schedule", default="rewarm", metavar="NAME", help="rewarm (default), constant or infinite")
+    parser.add_argument("--recipe", metavar="NAME", help=words)
+    parser.add_argument("--schedule", metavar="NAME", help="the same as --recipe")
     parser.add_argument(
         "--optimizer-state",
         choices=["keep", "reset"],
@@ -60,25 +62,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--validation", default="1%", metavar="SHARE", help="share of raw documents kept for validation"
     )
     add_launch(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="derive and print the recipe and what it would do, then stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="derive and print the recipe and its effect, then stop")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Derives the recipe, writes it into the run folder, and runs it."""
-    import json
     import shlex
     import sys
     from pathlib import Path
 
-    import yaml
-
     from perennial.cli._names import named_paths
+    from perennial.cli._outcome import show_recipe, show_result
     from perennial.train import continuing, launch
     from perennial.train.origin import stated_facts
-    from perennial.train.resolve import describe
     from perennial.train.workers import rank
 
     launched = launch_settings(args)
@@ -98,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         replay=shares[-1] if shares else None,
         moved=named_paths("--moved", args.moved),
         peak=args.peak,
+        how=args.recipe,
         schedule=args.schedule,
         optimizer_state=args.optimizer_state,
         seed=args.seed,
@@ -106,14 +104,8 @@ def run(args: argparse.Namespace) -> int:
         **launched,
     )
     if args.dry_run:
-        resolved = result.pop("resolved")
-        if args.json:
-            print(json.dumps({**result, "resolved": resolved.model_dump(mode="json")}, indent=2))
-        else:
-            reasons = "".join(f"# {reason}\n" for reason in result["reasons"])
-            print(reasons + yaml.safe_dump(result["recipe"], sort_keys=False))
-            print(describe(resolved))
+        show_recipe(result, as_json=args.json)
         return 0
-    if args.json and rank() == 0:
-        print(json.dumps(result, indent=2))
+    if rank() == 0:
+        show_result(result, Path(args.out), as_json=args.json)
     return 0 if result["result"]["complete"] else 130

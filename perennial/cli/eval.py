@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 HELP = "measure a checkpoint: losses on prepared corpora, scores on tasks"
-_FOR_DATA = {"max_tokens": "65536 tokens", "sequence_length": None}
+_FOR_DATA = {"max_tokens": "65536 tokens", "sequence_length": None, "ensemble": ()}
 _FOR_TASKS = {"limit": None, "num_fewshot": None, "batch_size": 8, "online": False, "allow_task_code": False}
 
 
@@ -34,6 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", metavar="N", help="most tokens per corpus; '100%%' for all (default: 65536 tokens)"
     )
     data.add_argument("--sequence-length", type=int, metavar="T", help="default: as in the checkpoint's last training")
+    words = "measure it together with these, by the mean of their probabilities"
+    data.add_argument("--ensemble", nargs="+", metavar="CHECKPOINT", help=words)
     tasks = parser.add_argument_group("scores on tasks (extra: eval)")
     words = "name of a task, or a task file (.yaml); several with commas or by repeating"
     tasks.add_argument("--tasks", action="append", metavar="NAME|FILE", help=words)
@@ -74,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**losses, **scores}, indent=2))
         return 0
     if losses:
-        _print_losses(losses)
+        from perennial.evals.loss import losses_to_text
+
+        print(losses_to_text(losses))
     if scores:
         print(to_text(scores))
     return 0
@@ -90,10 +94,13 @@ def _settings(args: argparse.Namespace, defaults: dict[str, Any], kind: str) -> 
     return {**defaults, **given}
 
 
-def _losses(checkpoint: Path, data: list[str], *, max_tokens: str, **settings: Any) -> dict[str, Any]:
+def _losses(
+    checkpoint: Path, data: list[str], *, max_tokens: str, ensemble: list[str], **settings: Any
+) -> dict[str, Any]:
     from perennial.cli._names import named_paths
     from perennial.core.amounts import parse
     from perennial.core.errors import UserError
+    from perennial.core.lineage import newest_checkpoint
     from perennial.train.measuring import evaluate_checkpoint
 
     try:
@@ -103,16 +110,5 @@ def _losses(checkpoint: Path, data: list[str], *, max_tokens: str, **settings: A
     if amount.value == 0 or (amount.unit == "share" and amount.value != 1):
         raise UserError(f"--max-tokens {max_tokens}: give tokens ('65536 tokens'), or '100%' for all")
     limit = None if amount.unit == "share" else int(amount.value)
-    return evaluate_checkpoint(checkpoint, named_paths("--data", data), max_tokens=limit, **settings)
-
-
-def _print_losses(result: dict[str, Any]) -> None:
-    print(f"{'corpus':20} {'nats/token':>10} {'bits/byte':>10} {'tokens':>10}")
-    for name, values in result["corpora"].items():
-        print(f"{name:20} {values['nats_per_token']:10.4f} {values['bits_per_byte']:10.4f} {values['tokens']:10d}")
-    for kind in ("forgetting", "adaptation"):
-        for name, values in result.get("against_parent", {}).get(kind, {}).items():
-            nats, bits = values["nats_per_token"], values["bits_per_byte"]
-            print(f"{kind} on {name}: {nats:+.4f} nats/token, {bits:+.4f} bits/byte")
-    if "against_parent" in result and not any(result["against_parent"].values()):
-        print("The parent was measured on other text; --against PARENT states forgetting and adaptation.")
+    members = [newest_checkpoint(Path(path)) for path in ensemble]
+    return evaluate_checkpoint(checkpoint, named_paths("--data", data), max_tokens=limit, ensemble=members, **settings)

@@ -17,6 +17,8 @@ from perennial.core.settings import Settings, check, raise_problems
 FORMAT = 1
 STATE_FOLDER = "perennial"
 LINEAGE_FILE = "lineage.json"
+BRANCH = "anneal"
+"""The schedule of a decay branch."""
 TASKS_FILE = "tasks.json"
 """Results on tasks, measured after the checkpoint was written: {'tasks': {task: {metric: value}}, ...}."""
 
@@ -50,6 +52,10 @@ class StageRecord(Settings):
     """Learning rate of the last update that was made."""
     optimizer: dict[str, Any]
     objective: dict[str, Any]
+    pull: dict[str, Any] | None = None
+    """What drew the weights back to the parent's after every update; None: nothing did."""
+    models: list[dict[str, Any]] = []
+    """Further checkpoints that the stage read, such as teachers: {'name', 'path', 'checkpoint', ...}."""
     sources: list[dict[str, Any]]
     """SourceSpecs with the `rows`, `tokens` and `epochs` drawn, and the `skipped` draws, which only `rows` counts."""
     new_rows: tuple[int, int] | None = None
@@ -127,6 +133,28 @@ class Lineage(Settings):
         if whole := [s for s in self.stages if s.new_rows is None]:
             return whole[-1].rate_end
         return self.origin.rate.value if self.origin else 0.0
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether this is a decay branch, by the schedule of its last stage: the trunk goes on from before it."""
+        return bool(self._branch())
+
+    @property
+    def trunk_rate(self) -> float:
+        """The learning rate before the decay branch that this is; where training stopped when it is none."""
+        branch = self._branch()
+        return branch[0].rate_start if branch else self.rate
+
+    @property
+    def branch_tokens(self) -> int:
+        """Tokens trained on since the trunk was left; 0 when this is no branch."""
+        return sum(s.tokens for s in self._branch())
+
+    def _branch(self) -> list[StageRecord]:
+        """The last stages with a schedule of a branch, oldest first."""
+        whole = [s for s in self.stages if s.new_rows is None]
+        number = next((i for i, s in enumerate(reversed(whole)) if s.schedule.get("name") != BRANCH), len(whole))
+        return whole[len(whole) - number :]
 
     @property
     def peak(self) -> float:

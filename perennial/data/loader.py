@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perennial.data.corpus import Corpus
-from perennial.data.mixture import StageOrder
+from perennial.data.mixture import Rows, StageOrder
 from perennial.data.packing import document_segments
 
 _ARRAYS_KEPT = 6
@@ -40,6 +40,13 @@ class Batch:
     """(B,): the window of T tokens of the corpus in which the row's first target lies."""
 
 
+Arrangement = Callable[[Batch, Rows, int], Batch]
+"""Lays rows out anew: (batch as read, where its tokens lie, the stage's number of its first row) -> batch to train on.
+
+A pure function of these, row by row, so that order stays a function of position. It may write into the arrays given.
+"""
+
+
 class Loader:
     """The batches of a stage. Use as a context manager, or close it; that ends its one thread."""
 
@@ -51,13 +58,15 @@ class Loader:
         sequence_length: int,
         document_mask: bool,
         separator_id: int,
+        arrangement: Arrangement | None = None,
     ) -> None:
-        """`corpora` by fingerprint, as for the order."""
+        """`corpora` by fingerprint, as for the order; arrangement: None takes the rows as they are read."""
         assert sequence_length == order.sequence_length, f"{sequence_length} is not the order's {order.sequence_length}"
         self._order = order
         self._splits = [corpora[spec.fingerprint].train for spec in order.specs]
         self._document_mask = document_mask
         self._separator_id = separator_id
+        self._arrangement = arrangement
         self._memory = _Memory()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="perennial-loader")
         self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
@@ -111,7 +120,8 @@ class Loader:
         if self._document_mask:
             joins = of.column > 0
             segments = document_segments(inputs, self._separator_id, (of.row[joins], of.column[joins]))
-        return Batch(inputs, targets, segments, plan.source, of.start[of.column == 0] // shape[1])
+        batch = Batch(inputs, targets, segments, plan.source, of.start[of.column == 0] // shape[1])
+        return batch if self._arrangement is None else self._arrangement(batch, plan, start)
 
 
 class _Memory:

@@ -91,3 +91,22 @@ def transfer(
             unit: -sum(f[unit] for f in forgotten) / len(forgotten) for unit in ("nats_per_token", "bits_per_byte")
         }
     return result
+
+
+def losses_to_text(result: Mapping[str, Any]) -> str:
+    """What `train.measuring.evaluate_checkpoint` found, as a table for a person."""
+    lines = [f"{'corpus':20} {'nats/token':>10} {'bits/byte':>10} {'tokens':>10}"]
+    rows = list(result["corpora"].items())
+    if together := result.get("ensemble"):
+        rows += [(f"{name}, all {len(together['checkpoints'])}", v) for name, v in together["corpora"].items()]
+    for name, values in rows:
+        lines.append(
+            f"{name:20} {values['nats_per_token']:10.4f} {values['bits_per_byte']:10.4f} {values['tokens']:10d}"
+        )
+    for kind in ("forgetting", "adaptation"):
+        for name, values in result.get("against_parent", {}).get(kind, {}).items():
+            nats, bits = values["nats_per_token"], values["bits_per_byte"]
+            lines.append(f"{kind} on {name}: {nats:+.4f} nats/token, {bits:+.4f} bits/byte")
+    if "against_parent" in result and not any(result["against_parent"].values()):
+        lines.append("The parent was measured on other text; --against PARENT states forgetting and adaptation.")
+    return "\n".join(lines)

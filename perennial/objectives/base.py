@@ -4,18 +4,27 @@ A model is called as `model(inputs, segments)` and returns its last hidden state
 (V, D) tensor that turns them into logits. Where logits are made in another way (capped, scaled, with a bias),
 `head_weight` is None and the call returns the logits (B, T, V) themselves. A batch has `inputs` and `targets` (B, T)
 int64 and `segments` (B, T) int32, or None.
+
+An objective may ask for further models (`checkpoints`), which it is given as `with_models`; and it may lay out the rows
+that it is trained on in its own way (`arrangement`), which the loader does beside training, so that the count of
+targets is known before the loss is.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from perennial.core.settings import Settings
 
 if TYPE_CHECKING:
     import torch
+
+    from perennial.data.corpus import Corpus
+    from perennial.data.loader import Arrangement
+    from perennial.data.tokenizers.folder import TokenizerFolder
 
     class LanguageModel(Protocol):
         """The part of a model that an objective uses."""
@@ -59,6 +68,29 @@ class LossSum:
     """How many tokens were counted, int64."""
 
 
+@dataclass(frozen=True)
+class StageData:
+    """The rows of a stage, as far as an objective that lays them out in its own way has to know them."""
+
+    seed: int
+    """Of this objective in this stage: whatever it draws depends on it and on the number of the row, nothing else."""
+    sequence_length: int
+    """Tokens of a row."""
+    document_mask: bool
+    """Whether attention stays within a document."""
+    quiet: bool
+    """Whether work that takes long says nothing of it."""
+    corpora: tuple[Corpus, ...]
+    """The corpus of each source of the mixture, in its order."""
+
+    def tokenizer(self) -> TokenizerFolder:
+        """The tokenizer that the corpora were cut by; where it was extended in between, the newest."""
+        from perennial.data.tokenizers.folder import TokenizerFolder
+
+        newest = max(self.corpora, key=lambda corpus: corpus.vocabulary_size)
+        return TokenizerFolder.open(newest.path / "tokenizer")
+
+
 class Objective(Settings, ABC):
     """Settings of a loss, and its sums for a model and a batch."""
 
@@ -71,3 +103,19 @@ class Objective(Settings, ABC):
     @abstractmethod
     def evaluate(self, model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum of nats, count) without gradients."""
+
+    def checkpoints(self) -> list[str]:
+        """Further models that it needs: 'parent', or checkpoint folders as the recipe names them."""
+        return []
+
+    def with_models(self, models: Sequence[LanguageModel]) -> Self:
+        """The same with the models of `checkpoints`, in that order; they are not trained."""
+        assert not models
+        return self
+
+    def check(self, stage: StageData) -> None:
+        """Raises UserError when it cannot be used on such rows; cheap, and before anything runs."""
+
+    def arrangement(self, stage: StageData) -> Arrangement | None:
+        """What makes the rows that it is trained on of those that were read; None: they are taken as they are."""
+        return None

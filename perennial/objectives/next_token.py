@@ -41,7 +41,7 @@ class NextToken(Objective):
 
     def loss(self, model: LanguageModel, batch: TensorBatch) -> LossSum:
         """Sums over the batch; with a plain head the gradients are ready when this returns."""
-        states, targets = _flat(model, batch)
+        states, targets = flat_states(model, batch)
         chunk = self._chunk(states)
         if model.head_weight is None:
             total, nats = _of_logits().apply(states, targets, self.z_loss, chunk)
@@ -54,7 +54,7 @@ class NextToken(Objective):
         import torch
 
         with torch.no_grad():
-            states, targets = _flat(model, batch)
+            states, targets = flat_states(model, batch)
             chunk = self._chunk(states)
             if model.head_weight is None:
                 nats, _ = _sums_of_logits(states, targets, chunk=chunk)
@@ -66,18 +66,37 @@ class NextToken(Objective):
         return self.chunk_tokens or default_chunk(states.device.type)
 
 
+def target_nats(model: LanguageModel, batch: TensorBatch) -> torch.Tensor:
+    """-ln p(target) of every target, (N,) in fp32 or wider, 0 where it is IGNORED; without gradients."""
+    import torch
+
+    with torch.no_grad():
+        states, targets = flat_states(model, batch)
+        head = model.head_weight
+        dtype = states.dtype if head is None else product_dtype(states, head)
+        exact = torch.promote_types(dtype, torch.float32)
+        nats = torch.empty(len(targets), dtype=exact, device=states.device)
+        rows = default_chunk(states.device.type)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            z = states[part] if head is None else torch.mm(states[part].to(dtype), head.to(dtype).T)
+            z, target = z.to(exact), targets[part].clamp(min=0)
+            nats[part] = torch.logsumexp(z, dim=-1) - z.gather(1, target.unsqueeze(1)).squeeze(1)
+        return nats.masked_fill_(targets == IGNORED, 0.0)
+
+
 def default_chunk(device_type: str) -> int:
     """Tokens whose logits exist at once on such a device, unless `chunk_tokens` says otherwise."""
     return _CPU_CHUNK if device_type == "cpu" else _DEVICE_CHUNK
 
 
-def _flat(model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def flat_states(model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """What the model returns, hidden states (N, D) or logits (N, V), and the targets (N,)."""
     states = model(batch.inputs, batch.segments)
     return states.flatten(0, -2), batch.targets.flatten()
 
 
-def _product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """The dtype in which matrices are multiplied: autocast's, as a linear layer would."""
     import torch
 
@@ -99,11 +118,11 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(nats, (ln Z)^2) summed over counted tokens; adds the gradients of `total` to the tensors given.
 
-    hidden (N, D), weight (V, D), targets (N,). Matrix products in `_product_dtype`, the rest in fp32 or wider.
+    hidden (N, D), weight (V, D), targets (N,). Matrix products in `product_dtype`, the rest in fp32 or wider.
     """
     import torch
 
-    dtype = _product_dtype(hidden, weight)
+    dtype = product_dtype(hidden, weight)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     rows = max(1, min(chunk, len(targets)))
     # Buffers are reused over the chunks: fresh pages would cost more than the arithmetic.
@@ -121,7 +140,7 @@ def _sums(
             z = torch.mm(states, weight.T, out=product[: len(states)])
             z = z if logits is product else logits[: len(states)].copy_(z)
             z_target = z.gather(1, target)
-            p, log_z = _softmax(z)
+            p, log_z = softmax_and_log_sum(z)
             nats += ((log_z - z_target) * counted).sum()
             if z_loss:
                 squares += (log_z.square() * counted).sum()
@@ -133,7 +152,7 @@ def _sums(
             if grad_hidden is not None:
                 grad_hidden[part] = torch.mm(grad_z, weight).mul_(counted)
             if grad_weight is not None:
-                _add_product(grad_weight, grad_z.T, states * counted)
+                add_product(grad_weight, grad_z.T, states * counted)
     return nats, squares
 
 
@@ -156,7 +175,7 @@ def _sums_of_logits(
             counted = target != IGNORED
             target = target.where(counted, 0)
             z_target = z.gather(1, target)
-            p, log_z = _softmax(z)
+            p, log_z = softmax_and_log_sum(z)
             nats += ((log_z - z_target) * counted).sum()
             if z_loss:
                 squares += (log_z.square() * counted).sum()
@@ -165,7 +184,7 @@ def _sums_of_logits(
     return nats, squares
 
 
-def _softmax(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_and_log_sum(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(p, ln Z) of logits (N, V); p may lie where they were, ln Z is (N, 1)."""
     import torch
 
@@ -183,7 +202,7 @@ def _grad_logits(p: torch.Tensor, log_z: torch.Tensor, target: torch.Tensor, z_l
     return p.scatter_(1, target, p.gather(1, target) - 1)  # not scatter_add_: its order is not fixed on GPUs
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left @ right, in one pass where the dtypes allow it."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)

@@ -1,8 +1,9 @@
 """Continuing: from a checkpoint's lineage and new data to a recipe that updates the model without forgetting.
 
-The defaults follow Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train LLMs" (arXiv
-2403.08763): re-warm the learning rate, re-decay it, replay a share of what the parent consumed, at equal compute.
-Every choice is written into the recipe with its reason. For a parent without lineage see `origin`.
+The default follows Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train LLMs" (arXiv
+2403.08763): re-warm the learning rate, re-decay it, replay a share of what the parent consumed, at equal compute. Other
+ways are in `continuations`, and `choosing` picks one. Every choice is written into the recipe with its reason. For a
+parent without lineage see `origin`.
 """
 
 from __future__ import annotations
@@ -17,36 +18,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perennial.core import plugins
 from perennial.core.amounts import Amount, human, parse
-from perennial.core.errors import UserError, nearest
-from perennial.core.lineage import Lineage, StageRecord
+from perennial.core.errors import UserError
+from perennial.core.lineage import STATE_FOLDER, Lineage, StageRecord, has_lineage, newest_checkpoint
+from perennial.core.lineage import read as read_lineage
 from perennial.core.progress import Progress
 from perennial.core.settings import override
+from perennial.data.corpus import Corpus
 from perennial.model import foreign
-from perennial.model.foreign import TransformersConfig
-from perennial.train import origin
+from perennial.model.foreign import TransformersConfig, num_parameters
+from perennial.train import choosing, origin
+from perennial.train.around_the_run import average_with_parent, best_part
+from perennial.train.continuations.base import Continuation, Planned, Situation
 from perennial.train.given_data import check_given, is_prepared, prepared
 from perennial.train.origin import ESTIMATE, WARNING, Manner
 from perennial.train.recipe import REPLAY, ParentFacts, Recipe, parse_recipe, read
 from perennial.train.resolve import Parent, old_corpora, read_parent, relative_to
-
-STRONG_SHIFT = 1.25
-"""Ratio of the parent's bits per byte on the new data to those on its own above which a shift counts as strong.
-
-Assumption: Ibrahim et al. call Pile -> SlimPajama weak, where a model of the Pile has 2.70 and 2.17 nats per token, a
-ratio of 1.24; what shifts further than that gets the replay of a strong shift.
-"""
-
-WEAK_REPLAY, STRONG_REPLAY = 0.05, 0.25
-"""Replay shares that Ibrahim et al. (section 6.2, tables 2-3) recommend for a weak and a strong shift."""
-
-PEAK_EXPONENT = 0.7
-"""The peak of the update is the parent's peak x (update tokens / parent tokens)^0.7, at most the parent's.
-
-Assumption: one line through three published recipes: Ibrahim et al. 300B after 300B at 1x; TiC-LM (Li et al. 2025,
-arXiv 2504.02107) 1B after 112B at 1/30; Reuse, Don't Retrain (Parmar et al. 2024, arXiv 2407.07263) 300B after 8T
-at 1/10.
-"""
+from perennial.train.shift import measured_shift, replay_share
 
 
 @dataclass(frozen=True)
@@ -56,13 +45,21 @@ class Derived:
     recipe: Recipe
     parent: Parent
     reasons: list[str] = field(default_factory=list)
+    continuation: str = "rewarm"
+    """Name of the way of continuing, which was asked for or chosen."""
+    component: Continuation | None = None
+    """That way itself; None for a recipe that is no continuation of new text."""
+    subset_share: float | None = None
+    """How much of the new text it keeps, where it keeps a part; None: all of it, or not known yet."""
+    command: str = "continue"
+    """The command that derived it."""
 
     def header(self, command: str = "") -> str:
         """The reasons as YAML comments for the top of recipe.yaml."""
         source = "lineage" if self.parent.lineage.stages else "folder, which has no lineage,"
         reasons = [line for reason in self.reasons for line in textwrap.wrap(reason, 116, subsequent_indent="  ")]
         lines = [
-            f"Derived from the parent's {source} by `perennial continue`.",
+            f"Derived from the parent's {source} by `perennial {self.command}`.",
             *([command] if command else []),
             "",
             *reasons,
@@ -81,7 +78,9 @@ def derive(
     stand_ins: Mapping[str, Path] | None = None,
     moved: Mapping[str, Path] | None = None,
     peak: float | None = None,
-    schedule: str = "rewarm",
+    how: str | Mapping[str, Any] | None = None,
+    schedule: str | None = None,
+    also_measured: Mapping[str, Path] | None = None,
     optimizer_state: str = "keep",
     seed: int | None = None,
     facts: ParentFacts | None = None,
@@ -92,10 +91,11 @@ def derive(
     """The recipe that continues `checkpoint` on prepared corpora `data` for `budget` ('2B tokens', '3 h', ...).
 
     replay: '25%', '0%' or None (chosen by the measured shift); stand_ins: corpora to mix in as old data instead of the
-    lineage's; schedule: 'rewarm' (the default), 'constant' (stay at the final rate) or 'infinite'; facts: what is known
-    of a parent that Perennial did not train; settings: 'key=value' texts that change the derived recipe; micro_batch:
-    what was chosen before by the memory that was free then; shift: measures the parent's bits per byte on (old, new).
-    Raises UserError.
+    lineage's; how: the way of continuing, one of `perennial list continuations` or a mapping with its name and settings
+    (None: chosen by lineage, shift and budget); schedule: a synonym of `how`; also_measured: further corpora whose
+    losses are followed; facts: what is known of a parent that Perennial did not train; settings: 'key=value' texts that
+    change the derived recipe; micro_batch: what was chosen before by the memory that was free then; shift: measures the
+    parent's bits per byte on (old, new). Raises UserError.
     """
     facts, stand_ins = facts or ParentFacts(), stand_ins or {}
     _check_names(data, stand_ins)
@@ -103,19 +103,38 @@ def derive(
         raise UserError(f"--peak {peak:g}: must be a learning rate above 0")
     if seed is not None and seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
-    amount = _budget(budget)
+    amount = budget_of(budget)
     parent = read_parent(checkpoint, facts)
     lineage, last = parent.lineage, parent.lineage.stages[-1] if parent.lineage.stages else None
     reasons = [_parent_line(lineage), *(origin.notes(lineage.origin) if lineage.origin else [])]
     if isinstance(parent.config, TransformersConfig):
         reasons += [f"model: {note}" for note in foreign.notes(parent.config)]
     if last:
-        manner, how = _as_before(last, optimizer_state)
+        manner, why = as_before(last, optimizer_state)
     else:
         assert lineage.origin is not None
         tokens = origin.budget_tokens(amount, lineage.origin.parameters, f"--tokens {budget!r}")
-        manner, how = origin.first_manner(parent.config, tokens, origin.this_machine(), micro_batch=micro_batch)
-    share = _replay_share(replay, parent, stand_ins, shift, reasons)
+        manner, why = origin.first_manner(parent.config, tokens, origin.this_machine(), micro_batch=micro_batch)
+    is_chosen = how is None and schedule is None
+    measure = shift if is_chosen or replay is None else None  # what nothing depends on is not measured
+    share, measured, replay_reason = replay_share(replay, parent, stand_ins, measure, reasons)
+    situation = Situation(
+        lineage=lineage,
+        budget=amount,
+        fresh=tuple(data),
+        replay=share,
+        stand_ins=tuple(stand_ins),
+        shift=measured,
+        peak=peak,
+        parameters=num_parameters(parent.config),
+        batch_tokens=_batch_tokens(manner.batch, settings),
+        fresh_tokens=_training_tokens(data),
+        optimizer=manner.optimizer,
+        has_moments=manner.optimizer_state == "keep" and holds_moments(parent.path),
+        option="--schedule" if how is None and schedule is not None else "--recipe",
+    )
+    name_of_way, continuation, planned = _planned(how if how is not None else schedule, situation, reasons)
+    reasons += [replay_reason, *planned.reasons]
 
     def place(path: Path) -> str:
         return relative_to(path.resolve(), base.resolve())
@@ -128,25 +147,57 @@ def derive(
         "corpora": {n: place(p) for n, p in {**data, **stand_ins}.items()},
         **({"stand_ins": list(stand_ins)} if stand_ins else {}),
         **({"moved": {n: place(p) for n, p in moved.items()}} if moved else {}),
-        "stages": [
-            {
-                "name": "update",
-                "budget": str(amount),
-                "mixture": _mixture(data, share, stand_ins),
-                "schedule": _schedule(schedule, lineage, amount, peak, reasons),
-                "optimizer": manner.optimizer,
-                "optimizer_state": manner.optimizer_state,
-                "objective": manner.objective,
-            }
-        ],
+        "stages": [with_manner(stage, manner) for stage in planned.stages],
+        **({"evaluation": {"corpora": {n: place(p) for n, p in also_measured.items()}}} if also_measured else {}),
         "batch": manner.batch,
         "clip": manner.clip,
         "document_mask": manner.document_mask,
     }
-    reasons += [*how, *(f"set by the user: {assignment}" for assignment in settings)]
+    reasons += [*why, *(f"set by the user: {assignment}" for assignment in settings)]
     final = parse_recipe(override(recipe, list(settings)), source="derived recipe")
     foreign.check_rows(parent.config, final.batch.sequence_length, "batch.sequence_length", "; lower it")
-    return Derived(final, parent, reasons)
+    return Derived(final, parent, reasons, name_of_way, continuation, continuation.subset_share(situation))
+
+
+def _planned(given: Any, situation: Situation, reasons: list[str]) -> tuple[str, Continuation, Planned]:
+    """Name and stages of the continuation that was asked for, or that suits; says in `reasons` why."""
+    if given is None:
+        given, why = choosing.choose(situation)
+        reasons.append(why)
+    else:
+        reasons.append(f"recipe {given if isinstance(given, str) else given.get('name')}: asked for")
+    name, continuation = choosing.named(given, situation.option)
+    if situation.peak is not None and not continuation.USES_PEAK:
+        raise UserError(
+            f"--peak {situation.peak:g}: has no use with {situation.option} {name}, which has no peak to choose"
+        )
+    return name, continuation, continuation.plan(situation)
+
+
+def with_manner(stage: dict[str, Any], manner: Manner) -> dict[str, Any]:
+    """A stage with the optimizer and objective of the parent where the continuation does not decide them."""
+    usual = {"optimizer": manner.optimizer, "optimizer_state": manner.optimizer_state, "objective": manner.objective}
+    order = ("name", "budget", "mixture", "schedule")
+    return {**{key: stage[key] for key in order}, **usual, **{k: v for k, v in stage.items() if k not in order}}
+
+
+def _batch_tokens(batch: Mapping[str, int | None], settings: Sequence[str]) -> int:
+    """Tokens per update, as the derived recipe will have it after the user's `settings`."""
+    changed = override({"batch": dict(batch)}, [s for s in settings if s.startswith("batch.")])["batch"]
+    sizes = [changed.get(key) for key in ("sequences", "sequence_length")]
+    return math.prod(size if isinstance(size, int) and size > 0 else 1 for size in sizes)  # what is wrong is said later
+
+
+def holds_moments(checkpoint: Path) -> bool:
+    """Whether an optimizer's state lies beside a checkpoint's weights; a merged model, for one, has none."""
+    return any((checkpoint / STATE_FOLDER).glob("optimizer*"))
+
+
+def _training_tokens(data: Mapping[str, Path]) -> float | None:
+    """Training tokens of the new corpora; None while one of them is raw text."""
+    if not all(is_prepared(path) for path in data.values()):
+        return None
+    return float(sum(Corpus.open(path).train.num_tokens for path in data.values()))
 
 
 def _parent_line(lineage: Lineage) -> str:
@@ -161,7 +212,7 @@ def _parent_line(lineage: Lineage) -> str:
     )
 
 
-def _as_before(last: StageRecord, optimizer_state: str) -> tuple[Manner, list[str]]:
+def as_before(last: StageRecord, optimizer_state: str) -> tuple[Manner, list[str]]:
     """The manner of the parent's last stage, and why."""
     reason = (
         f"batch, clip, document mask, objective and optimizer: as in the parent's last stage '{last.stage}'; "
@@ -172,8 +223,13 @@ def _as_before(last: StageRecord, optimizer_state: str) -> tuple[Manner, list[st
         "sequence_length": last.sequence_length,
         "micro_batch": last.micro_batch,
     }
-    optimizer = (last.optimizer, optimizer_state, last.objective)
-    return Manner(last.seed + 1, batch, last.clip, last.document_mask, *optimizer), [reason]
+    built, _ = plugins.build("objectives", last.objective)
+    objective: Any = last.objective
+    if built is not None and built.checkpoints():
+        objective = "next_token"
+        reason += "; objective next_token, because the teacher of then is not the parent of now"
+    how = (last.optimizer, optimizer_state, objective)
+    return Manner(last.seed + 1, batch, last.clip, last.document_mask, *how), [reason]
 
 
 def _check_names(data: Mapping[str, Path], stand_ins: Mapping[str, Path]) -> None:
@@ -189,7 +245,8 @@ def _check_names(data: Mapping[str, Path], stand_ins: Mapping[str, Path]) -> Non
             raise UserError(f"'{name}' is given both as new data and as replay")
 
 
-def _budget(text: str) -> Amount:
+def budget_of(text: str) -> Amount:
+    """The budget in a text such as '2B tokens', '3 h' or '2B', which counts tokens. Raises UserError."""
     bare = re.fullmatch(r"[\d_,.]+[KkMBGT]?", text)  # the option's name says what it counts
     try:
         amount = parse(f"{text} tokens" if bare else text, ("tokens", "flops", "seconds"))
@@ -200,105 +257,18 @@ def _budget(text: str) -> Amount:
     return amount
 
 
-def _replay_share(
-    replay: str | None,
-    parent: Parent,
-    stand_ins: Mapping[str, Path],
-    shift: Callable[[], tuple[float, float] | None] | None,
-    reasons: list[str],
-) -> float:
-    begun_as = parent.lineage.origin.name if parent.lineage.origin else None
-    if begun_as and not stand_ins and not any(c.get("stands_in") for c in parent.lineage.corpora.values()):
-        reasons.append(origin.forgetting_warning(begun_as))
-    is_known = bool(stand_ins) or any(s.sources for s in parent.lineage.stages)
-    if replay is not None:
-        try:
-            share = parse(replay, ("share",)).value
-        except ValueError as error:
-            raise UserError(f"--replay: {error}") from None
-        if share >= 1:
-            raise UserError(f"--replay {replay}: must be below 100%, something new has to be learned")
-        if share > 0 and not is_known:
-            raise UserError(
-                f"--replay {replay}: what {parent.path} was trained on is not known, so there is nothing to replay. "
-                f"{origin.HOW_TO_REPLAY}"
-            )
-        reasons.append(f"replay {share:.4g}: asked for")
-        return share
-    if not is_known:
-        reasons.append("replay 0%: the parent's data are unknown, and no stand-in is named")
-        return 0.0
-    measured = shift() if shift else None
-    if measured is None:
-        reasons.append(f"replay {WEAK_REPLAY:.0%}: the shift was not measured; {WEAK_REPLAY:.0%} suits a weak one")
-        return WEAK_REPLAY
-    old, new = measured
-    strong = new / old > STRONG_SHIFT
-    share = STRONG_REPLAY if strong else WEAK_REPLAY
-    reasons.append(
-        f"replay {share:.0%}: the parent has {new:.3f} bits per byte on the new data and {old:.3f} on "
-        f"{'the stand-in' if stand_ins and not parent.lineage.stages else 'its own'}, a "
-        f"{'strong' if strong else 'weak'} shift (ratio {new / old:.2f}, strong above {STRONG_SHIFT})"
-    )
-    return share
+def starting_checkpoint(path: Path, how: Any = None, option: str = "--recipe") -> Path:
+    """The checkpoint to continue: the newest of a run folder, or the one before its decay where the trunk goes on.
 
-
-def _mixture(data: Mapping[str, Path], share: float, stand_ins: Mapping[str, Path]) -> dict[str, Any]:
-    fresh = {n: (1 - share) / len(data) for n in data}
-    if share == 0:
-        return fresh
-    if stand_ins:
-        return {**fresh, **{n: share / len(stand_ins) for n in stand_ins}}
-    return {**fresh, REPLAY: share}
-
-
-def _schedule(name: str, lineage: Lineage, amount: Amount, peak: float | None, reasons: list[str]) -> dict[str, Any]:
-    allowed = ["rewarm", "constant", "infinite"]
-    left_at = lineage.rate
-    if name not in allowed:
-        hint = nearest(name, allowed)
-        raise UserError(f"--schedule {name!r}: choose {', '.join(allowed)}; for another one write a recipe.{hint}")
-    if name == "rewarm":
-        peak = _peak(lineage, amount, reasons) if peak is None else peak
-        final = min(left_at, peak)
-        left = f"{left_at:.3g}, where the parent was left{origin.mark_of_rate(lineage)}"
-        if lineage.origin and final == peak:
-            final = origin.rounded(origin.FINAL_SHARE * peak)
-            reasons.append(
-                f"start at {left}; no re-warming: {origin.WHY_NOT_REWARM}; decay from {peak:.3g} to {final:.3g}"
-            )
-        else:
-            reasons.append(f"re-warm from {left}, to {peak:.3g}; then decay to {final:.3g}")
-        return {"name": "rewarm", "start": "parent", "peak": peak, "final": final, "warmup": "1%"}
-    if peak is not None:
-        raise UserError(f"--peak {peak:g}: has no use with --schedule {name}, which stays at the parent's rate")
-    if left_at == 0:
-        raise UserError(f"--schedule {name}: the parent was decayed to a learning rate of 0; use rewarm")
-    if name == "constant":
-        reasons.append(f"constant learning rate {left_at:.3g}: where the parent was left")
-        return {"name": "constant", "peak": left_at}
-    reasons.append(f"infinite: stays at {left_at:.3g}, where the parent was left, and anneals to a tenth at the end")
-    flat = {"warmup": "0%", "cooldown": "0%", "anneal": "14%"}
-    return {"name": "infinite", "start": "parent", "peak": left_at, "constant": left_at, "final": left_at / 10, **flat}
-
-
-def _peak(lineage: Lineage, amount: Amount, reasons: list[str]) -> float:
-    """The rate to re-warm to, by the size of the update; of a budget in FLOPs by its share of the FLOPs spent.
-
-    The seconds of a model that began elsewhere are those that its FLOPs would have taken in the stages that are known.
+    `how`: as for `derive`, given with `option`; a checkpoint that is named itself is taken as it is.
     """
-    seconds = sum(s.seconds for s in lineage.stages)
-    if amount.unit == "seconds" and lineage.origin:
-        seconds *= lineage.flops / sum(s.flops for s in lineage.stages)
-    spent = {"tokens": lineage.tokens, "flops": lineage.flops, "seconds": seconds}
-    ratio = min(1.0, amount.value / spent[amount.unit])
-    least = lineage.rate if lineage.origin is None else max(lineage.rate, lineage.origin.rate.value)
-    reasons.append(
-        f"peak: the parent's {lineage.peak:.3g} x (update / parent)^{PEAK_EXPONENT}, "
-        f"{human(amount.value)} / {human(spent[amount.unit], amount.unit)}, not below where it was left"
-        + (f" before Perennial ({least:.3g})" if lineage.origin else "")
-    )
-    return max(least, lineage.peak * ratio**PEAK_EXPONENT)
+    newest = newest_checkpoint(path)
+    wants_trunk = how is None or choosing.named(how, option)[1].ON_TRUNK
+    if newest == path or not wants_trunk or not has_lineage(newest):
+        return newest
+    lineage = read_lineage(newest)
+    trunk = newest.with_name(str(int(newest.name) - lineage.branch_tokens))
+    return trunk if lineage.is_branch and trunk.is_dir() else newest
 
 
 def continue_run(
@@ -322,12 +292,13 @@ def continue_run(
     `derive`. Running the same call again resumes. Returns {'recipe', 'resolved', 'reasons', 'result'} as far as it
     went; a dry run leaves `out` without a run in it.
     """
-    from perennial.core.lineage import newest_checkpoint
     from perennial.train.checkpoint import verify
     from perennial.train.run import check_place, make_run, plan, start, undone_on_error
     from perennial.train.workers import check_rows
 
-    checkpoint, base, name = newest_checkpoint(checkpoint), Path.cwd(), out.resolve().name
+    chosen = choices.get("how") or choices.get("schedule")
+    checkpoint = starting_checkpoint(checkpoint, chosen, "--recipe" if choices.get("how") else "--schedule")
+    base, name = Path.cwd(), out.resolve().name
     given = {**data, **(stand_ins or {})}
     check_place(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (dry_run or not all(is_prepared(p) for p in given.values())):
@@ -336,6 +307,13 @@ def continue_run(
     verify(checkpoint, checksums=False)
     choices["micro_batch"] = _chosen_before(out)
     asked = derive(checkpoint, data, stand_ins=stand_ins, budget=budget, base=base, name=name, **choices)
+    way = asked.component
+    averages, selects = way is not None and way.AVERAGES, way is not None and way.SELECTS
+    if averages and (processes is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise UserError(
+            f"--recipe {asked.continuation}: runs in one process; with several, average the finished run with "
+            "`perennial merge PARENT RUN --out DIR`"
+        )
     if processes is not None:
         check_rows(processes, sequences=asked.recipe.batch.sequences, tensor=asked.recipe.parallel.tensor)
     check_given(checkpoint, given)
@@ -350,6 +328,10 @@ def continue_run(
         replayed = {n: prepared(n, p, against=list(old.values()), **how) for n, p in (stand_ins or {}).items()}
         known = [*old.values(), *replayed.values()]
         fresh = {n: prepared(n, p, against=known, **how) for n, p in data.items()}
+        if selects:
+            whole = derive(checkpoint, fresh, stand_ins=replayed, budget=budget, base=base, name=name, **choices)
+            choices["also_measured"] = fresh
+            fresh = best_part(checkpoint, fresh, whole.subset_share, {**how, "against": known})
         derived = derive(
             checkpoint,
             fresh,
@@ -357,9 +339,11 @@ def continue_run(
             budget=budget,
             base=base,
             name=name,
-            shift=lambda: _shift(checkpoint, old or replayed, fresh, asked.recipe.batch.sequence_length),
+            shift=lambda: measured_shift(checkpoint, old or replayed, fresh, asked.recipe.batch.sequence_length),
             **choices,
         )
+        if is_main and not dry_run:
+            _announce(derived.reasons, quiet=quiet, shown=("recipe ",))
         result: dict[str, Any] = {
             "recipe": derived.recipe.model_dump(mode="json", exclude_unset=True),
             "reasons": derived.reasons,
@@ -371,7 +355,9 @@ def continue_run(
             make_run(derived.recipe, out, base=base, header=derived.header(command), processes=processes)
             return result
         result["result"] = start(derived.recipe, out, base=base, header=derived.header(command), quiet=quiet)
-        return result
+    if averages and result["result"]["complete"] and is_main:
+        result["averaged"] = average_with_parent(out, checkpoint, old or replayed, fresh, quiet=quiet)
+    return result
 
 
 def _chosen_before(out: Path) -> int | None:
@@ -379,23 +365,10 @@ def _chosen_before(out: Path) -> int | None:
     return read(out / "recipe.yaml").batch.micro_batch if (out / "resolved.json").is_file() else None
 
 
-def _announce(reasons: list[str], *, quiet: bool) -> None:
-    """Says on standard error what must not be missed: warnings always, estimates unless `quiet`."""
-    shown = (WARNING,) if quiet else (WARNING, ESTIMATE)
+def _announce(reasons: list[str], *, quiet: bool, shown: tuple[str, ...] = (ESTIMATE,)) -> None:
+    """Says on standard error what must not be missed: warnings always (once), what begins as `shown` unless `quiet`."""
+    shown = (() if quiet else shown) + ((WARNING,) if ESTIMATE in shown else ())
     with Progress("continue") as line:
         for reason in reasons:
             if reason.startswith(shown):
                 line.note(textwrap.fill(reason, 100, subsequent_indent="  "))
-
-
-def _shift(
-    checkpoint: Path, old: Mapping[str, Path], new: Mapping[str, Path], length: int
-) -> tuple[float, float] | None:
-    """The parent's bits per byte on its own and on the new corpora (means), or None when its own cannot be read."""
-    from perennial.train.measuring import evaluate_checkpoint
-
-    if not old:
-        return None
-    corpora = evaluate_checkpoint(checkpoint, {**old, **new}, max_tokens=32768, sequence_length=length)["corpora"]
-    means = [sum(corpora[n]["bits_per_byte"] for n in names) / len(names) for names in (old, new)]
-    return means[0], means[1]

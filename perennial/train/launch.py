@@ -23,8 +23,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from perennial.core.environment import usable_cores
+from perennial.core.amounts import human_bytes
+from perennial.core.environment import memory_bytes, usable_cores
 from perennial.core.errors import TrainingStopped, UserError
+from perennial.model.memory import CPU_PROCESS_BYTES
 from perennial.train import continuing, workers
 from perennial.train.recipe import Recipe
 from perennial.train.run import changed_parallel, make_run, read_resolved, undone_on_error
@@ -56,6 +58,13 @@ def check_launch(processes: int, max_restarts: int | None = None) -> None:
     devices = torch.cuda.device_count()
     if 0 < devices < processes:
         raise UserError(f"--processes {processes}: each needs a GPU of its own, and this machine has {devices}")
+    total = memory_bytes()["total"]
+    if not devices and total is not None and processes * CPU_PROCESS_BYTES > total:
+        raise UserError(
+            f"--processes {processes}: at most {total // CPU_PROCESS_BYTES}; each takes "
+            f"{human_bytes(CPU_PROCESS_BYTES)} before it has a model, and this machine has {human_bytes(total)} of "
+            f"memory and {usable_cores()} cores"
+        )
 
 
 def run_processes(arguments: Sequence[str], *, processes: int, max_restarts: int = DEFAULT_RESTARTS) -> tuple[int, str]:

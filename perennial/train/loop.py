@@ -36,7 +36,7 @@ def run(session: Session) -> None:
     if progress.tokens == 0 and not progress.before:
         progress.before = session.evaluate("before")
     if session.resolved.spikes.action == "rollback" and not checkpoints_of(session.folder):
-        session.save()  # so that there is something to return to
+        session.saver.save()  # so that there is something to return to
     while session.state.progress.stage < len(session.resolved.stages):
         _run_stage(session)
         if session.stopped:
@@ -112,6 +112,7 @@ def _queue(session: Session, running: RunningStage) -> Made:
         micro_batch=resolved.batch.micro_batch,
         rows=rows,
         new_rows=session.new_rows,
+        pulling=session.pulling,
         stop=session.stop_requested,
     )
     first = progress.row

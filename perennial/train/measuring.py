@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,11 +19,18 @@ from perennial.evals.loss import evaluate, transfer
 from perennial.evals.parity import checked_parity
 from perennial.model.foreign import check_document_mask, check_rows, check_vocabulary, row_limit
 from perennial.model.huggingface import load_model
+from perennial.model.through_transformers import AnyModel
+from perennial.objectives.base import IGNORED
+from perennial.objectives.next_token import target_nats
 from perennial.train.checkpoint import verify
+from perennial.train.feeding import TorchBatch
 from perennial.train.origin import MAX_ROW_TOKENS
 from perennial.train.precision import autocast, native_precision
 from perennial.train.resolve import earlier_tokenizers
 from perennial.train.session import measure_with
+
+if TYPE_CHECKING:
+    from perennial.objectives.base import LanguageModel
 
 
 def open_for(checkpoint: Path, data: Mapping[str, Path]) -> dict[str, Corpus]:
@@ -61,6 +69,7 @@ def evaluate_checkpoint(
     precision: str = "auto",
     document_mask: bool | None = None,
     against: Path | None = None,
+    ensemble: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Losses of a checkpoint: {'checkpoint', 'corpora': {name: measures}}, and 'against_parent' where that is known.
 
@@ -68,6 +77,8 @@ def evaluate_checkpoint(
     its context, but no more than its continuation would take (1024, on a GPU 4096), and False.
     against: a checkpoint that is measured on the same text, such as the parent; without it forgetting and adaptation
     are stated for the corpora of which the lineage holds the parent's loss on exactly the same text.
+    ensemble: further checkpoints; 'ensemble' in the result is the loss of all of them together, by the mean of their
+    probabilities.
     """
     tune_process()
     if sequence_length is not None and sequence_length < 1:
@@ -91,17 +102,16 @@ def evaluate_checkpoint(
     length = sequence_length or usual
     check_rows(model.config, length, "sequence_length")
     check_document_mask(model.config, document_mask)
+    members = [_member(path, checkpoint, length, device) for path in ensemble]
+    how: dict[str, Any] = {"sequence_length": length, "max_tokens": max_tokens, "document_mask": document_mask}
     with autocast(native_precision(device) if precision == "auto" else precision, device):
-        measured = evaluate(
-            model,
-            corpora,
-            measure_with(model),
-            sequence_length=length,
-            max_tokens=max_tokens,
-            document_mask=document_mask,
-            device=device,
+        measured = evaluate(model, corpora, measure_with(model), device=device, **how)
+        together = (
+            evaluate(model, corpora, measure_with_all([model, *members]), device=device, **how) if members else {}
         )
     result: dict[str, Any] = {"checkpoint": str(checkpoint), "sequence_length": length, "corpora": measured}
+    if members:
+        result["ensemble"] = {"checkpoints": [str(path) for path in (checkpoint, *ensemble)], "corpora": together}
     if lineage is not None:
         result["id"] = lineage.checkpoint
         if against is not None:
@@ -113,6 +123,32 @@ def evaluate_checkpoint(
         if len(lineage.runs()) > (0 if lineage.origin else 1):
             result["against_parent"] = transfer(before, measured, old, new)
     return result
+
+
+def _member(path: Path, checkpoint: Path, length: int, device: torch.device) -> AnyModel:
+    """A further model of an ensemble. Raises UserError for one with another tokenizer than `checkpoint`."""
+    verify(path)
+    if TokenizerFolder.open(path).fingerprint != TokenizerFolder.open(checkpoint).fingerprint:
+        raise UserError(f"{path}: has another tokenizer than {checkpoint}; the members of an ensemble share one")
+    model = load_model(path, device=device)
+    check_rows(model.config, length, "sequence_length", f" for {path}")
+    return model.eval()
+
+
+def measure_with_all(models: Sequence[LanguageModel]) -> Any:
+    """A function (inputs, targets, segments) -> (sum of nats, count) of the mean of the models' probabilities.
+
+    It is never worse than the mean of their losses, because -ln is convex. Source for ensembles of continuations: Kim
+    et al. 2025, "Pre-training under infinite compute", arXiv 2509.14786.
+    """
+
+    def measure(inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None) -> Any:
+        batch = TorchBatch(inputs, targets, segments)
+        nats = torch.stack([target_nats(model, batch) for model in models])
+        together = math.log(len(models)) - torch.logsumexp(-nats, dim=0)  # of targets that do not count, 0
+        return together.sum(), (targets != IGNORED).sum()
+
+    return measure
 
 
 def _known_before(

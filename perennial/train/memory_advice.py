@@ -27,7 +27,7 @@ from perennial.core.environment import memory_bytes as machine_memory_bytes
 from perennial.core.errors import UserError
 from perennial.core.layout import Layout
 from perennial.model.config import ModelConfig
-from perennial.model.foreign import AnyConfig, parse_config
+from perennial.model.foreign import AnyConfig, num_parameters, parse_config
 from perennial.model.memory import (
     GPU_PROCESS_BYTES,
     Checkpointing,
@@ -35,8 +35,10 @@ from perennial.model.memory import (
     Training,
     activation_bytes,
     estimate,
+    optimizer_bytes,
     stand_in,
 )
+from perennial.objectives.next_token import default_chunk
 from perennial.train.parallel import World, device_bytes, processes_per_machine
 from perennial.train.resolve import Resolved, ResolvedStage
 
@@ -49,7 +51,6 @@ _HISTORY_ENTRIES = 100_000
 """Allocations that are remembered: the last few updates."""
 _USABLE_SHARE = 0.95
 """Advice aims at this share of the memory that is there: the rest is lost between blocks."""
-_ROLES = ("embedding", "head", "matrix", "norm", "bias")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def needed_bytes(facts: Facts, training: Training) -> float:
 
 def _fixed(memory: Memory) -> int:
     """What does not grow with the batch."""
-    return memory.parameters + memory.gradients + memory.optimizer + memory.weight_copies + memory.process
+    held = memory.parameters + memory.gradients + memory.optimizer + memory.other_models + memory.rounds
+    return held + memory.weight_copies + memory.process
 
 
 def _fits(facts: Facts, training: Training) -> bool:
@@ -293,19 +295,22 @@ def _training(resolved: Resolved, world: World, config: AnyConfig, stage: Resolv
     share = -(-batch.sequences // world.data_size)
     rows = min(batch.micro_batch or share, share)
     optimizer = plugins.build("optimizers", stage.optimizer)[0]
-    roles = _ROLES if isinstance(config, ModelConfig) else tuple(config.parameters_by_role)
     on_gpu = world.device.type == "cuda"
+    weighed = num_parameters(config) if stage.pull_sources else 0
     return Training(
         rows=rows,
         sequence_length=batch.sequence_length,
         micro_batches=-(-share // rows),
         precision="bf16" if resolved.precision == "bf16" else "fp32",
         device="cuda" if on_gpu else "cpu",
-        optimizer_bytes={role: optimizer.state_bytes_per_parameter(role) for role in roles},
-        chunk_tokens=stage.objective.get("chunk_tokens") or (4096 if on_gpu else 512),  # the objective's defaults
+        optimizer_bytes=optimizer_bytes(config, optimizer.state_bytes_per_parameter),
+        chunk_tokens=stage.objective.get("chunk_tokens") or default_chunk("cuda" if on_gpu else "cpu"),
         document_mask=resolved.document_mask,
         checkpointing=resolved.activation_checkpointing,
         new_rows=None if stage.new_rows is None else stage.new_rows[1] - stage.new_rows[0],
+        other_parameters=sum(model.parameters for model in stage.models) + weighed,
+        teachers=len(plugins.build("objectives", stage.objective)[0].checkpoints()),
+        communication_bytes=plugins.build("communications", resolved.communication)[0].state_bytes_per_parameter,
         layout=Layout(layout.replicas, layout.shards, layout.tensor),
     )
 

@@ -25,6 +25,7 @@ from perennial.model.config import ModelConfig
 from perennial.model.foreign import AnyConfig, num_parameters, row_limit
 from perennial.model.inspection import raw_config, weights_id
 from perennial.model.memory import Training, estimate
+from perennial.objectives.next_token import default_chunk
 from perennial.train.recipe import ParentFacts
 
 ESTIMATE, WARNING = "estimate: ", "warning: "
@@ -388,7 +389,7 @@ def _memory(config: AnyConfig, rows: int, micro_batches: int, length: int, machi
         precision=machine.precision,
         device=machine.device,
         optimizer_bytes=8,  # AdamW's two moments
-        chunk_tokens=512 if machine.device == "cpu" else 4096,  # the objective's defaults
+        chunk_tokens=default_chunk(machine.device),
         evaluates=False,  # an evaluation needs no less with smaller micro-batches
     )
     return estimate(config, training, process_bytes=0).total  # the process is there already

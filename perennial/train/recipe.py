@@ -137,6 +137,8 @@ class StageSettings(Settings):
     train: Literal["all", "new_rows"] = "all"
     """'new_rows': only the rows that the parent's last `perennial vocab extend` added; all else stays to the bit."""
     objective: Any = "next_token"
+    pull: Any = None
+    """What draws the weights back to the parent's after every update: 'l2' or 'fisher', with a strength."""
     surgery: list[Any] = []
     max_epochs: float = Field(default=4.0, gt=0)
     """Most passes over any corpus; asking for more is an error. Muennighoff et al. 2023 (arXiv 2305.16264): up to 4."""
@@ -284,6 +286,8 @@ def parse_recipe(data: dict[str, Any], *, source: str = "recipe", lines: Mapping
                 if key in stage:
                     given = _without_parent(stage[key]) if key == "schedule" else stage[key]
                     problems += plugins.build(kind, given, ("stages", index, key))[1]
+            if stage.get("pull") is not None:
+                problems += plugins.build("pulls", stage["pull"], ("stages", index, "pull"))[1]
             problems += _unknown_corpora(data, stage, index)
     if "communication" in data:
         problems += plugins.build("communications", data["communication"], ("communication",))[1]

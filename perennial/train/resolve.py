@@ -5,6 +5,7 @@ The result is `resolved.json`, every value explicit, with a hash; it is the only
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from perennial.core import lineage as lineages
 from perennial.core import plugins
 from perennial.core.amounts import Amount, human
 from perennial.core.errors import UserError, nearest
+from perennial.core.seeds import derive
 from perennial.core.settings import Settings, check, raise_problems, stable_hash
 from perennial.data.corpus import Corpus
 from perennial.data.mixture import StageOrder
@@ -33,7 +35,9 @@ from perennial.model.foreign import (
     num_parameters,
     parse_config,
 )
+from perennial.objectives.base import Objective
 from perennial.train.origin import lineage_of
+from perennial.train.other_models import PARENT, OtherModel, find_models
 from perennial.train.recipe import (
     REPLAY,
     STAND_INS,
@@ -45,6 +49,7 @@ from perennial.train.recipe import (
     StageSettings,
     shares,
 )
+from perennial.train.stage_parts import pull_of, stage_data, weighs_by_replay
 
 
 class ResolvedStage(Settings):
@@ -65,6 +70,12 @@ class ResolvedStage(Settings):
     optimizer: dict[str, Any]
     optimizer_state: str
     objective: dict[str, Any]
+    pull: dict[str, Any] | None = None
+    """What draws the weights back to the parent's after every update; None: nothing does."""
+    pull_sources: list[dict[str, Any]] = []
+    """SourceSpecs of the data that the pull weighs by."""
+    models: list[OtherModel] = []
+    """Further checkpoints that the objective and the pull read."""
     new_rows: tuple[int, int] | None = None
     """First and last + 1 of the ids whose rows are all that is trained; None: the whole model is."""
 
@@ -142,7 +153,9 @@ def resolve(
         before = whole[-1].rate_end if whole else (parent.lineage.rate if parent else None)
         peaks = [*([parent.lineage.peak] if parent else []), *(s.rate_peak for s in whole)]
         spent = per_token - (_flops_saved(config) if stage.train == "new_rows" else 0)
-        stages.append(_resolve_stage(recipe, stage, parent, corpora, spent, speed, before, max(peaks, default=None)))
+        read = functools.partial(_other_model, base, parent, stage.name)
+        peak = max(peaks, default=None)
+        stages.append(_resolve_stage(recipe, stage, parent, config, corpora, read, spent, speed, before, peak))
     _check_repetition(recipe, stages, corpora)
     total = sum(s.tokens for s in stages)
     data: dict[str, Any] = {
@@ -188,6 +201,9 @@ def recipe_hash(resolved: Resolved) -> str:
     for stage in data["stages"]:
         if stage["new_rows"] is None:  # as before stages could be limited to them
             del stage["new_rows"]
+        for added in ("pull", "pull_sources", "models"):  # as before there were any
+            if not stage[added]:
+                del stage[added]
     return stable_hash(_without_paths(data))
 
 
@@ -260,7 +276,7 @@ def old_corpora(recipe: Recipe, base: Path, parent: Parent | None) -> dict[str, 
     found = {}
     for name, facts in known.items():
         path = (base / recipe.moved[name]).resolve() if name in recipe.moved else Path(facts["path"])
-        is_needed = name in recipe.moved or any(REPLAY in s.mixture for s in recipe.stages)
+        is_needed = name in recipe.moved or any(REPLAY in s.mixture or weighs_by_replay(s) for s in recipe.stages)
         if name not in recipe.corpora and (path.is_dir() or is_needed):
             found[name] = _unchanged(name, path, facts["fingerprint"])
     return found
@@ -333,18 +349,32 @@ def _resolve_stage(
     recipe: Recipe,
     stage: StageSettings,
     parent: Parent | None,
+    config: AnyConfig,
     corpora: dict[str, _Opened],
+    read: Callable[[str], Parent],
     per_token: float,
     speed: float | None,
     before: float | None,
     peak: float | None,
 ) -> ResolvedStage:
-    updates = max(1, math.ceil(_budget_tokens(stage, per_token, speed) / recipe.batch.tokens - 1e-9))
-    tokens = updates * recipe.batch.tokens
     schedule, problems = plugins.build("schedules", _with_parent_rates(stage, peak, before))
     raise_problems(problems, f"stage '{stage.name}' schedule")
     optimizer, _ = plugins.build("optimizers", stage.optimizer)
-    objective, _ = plugins.build("objectives", stage.objective)
+    pull = pull_of(stage)
+    sources = _sources(recipe, stage, parent, corpora)
+    objective = _objective(recipe, stage, sources, corpora)
+    models = find_models(
+        [*objective.checkpoints(), *([PARENT] if pull else [])],
+        read=read,
+        config=config,
+        tokenizer=parent.tokenizer if parent else next(iter(corpora.values())).corpus.tokenizer_fingerprint,
+        sequence_length=recipe.batch.sequence_length,
+        where=f"stage '{stage.name}'",
+    )
+    forward = {model.name: model.flops_per_token for model in models}
+    spent = per_token + sum(forward[name] for name in objective.checkpoints())
+    updates = max(1, math.ceil(_budget_tokens(stage, spent, speed) / recipe.batch.tokens - 1e-9))
+    tokens = updates * recipe.batch.tokens
     try:
         rates = [schedule.rate(u * recipe.batch.tokens, tokens) for u in _sampled(updates)]
     except UserError as error:
@@ -353,8 +383,8 @@ def _resolve_stage(
         name=stage.name,
         tokens=tokens,
         updates=updates,
-        flops=tokens * per_token,
-        sources=[s.to_json() for s in _sources(recipe, stage, parent, corpora)],
+        flops=tokens * spent + (pull.rows * recipe.batch.sequence_length * per_token if pull else 0),
+        sources=[s.to_json() for s in sources],
         schedule=plugins.dump(schedule),
         rate_before=before,
         rate_start=schedule.rate(0, tokens),
@@ -363,8 +393,53 @@ def _resolve_stage(
         optimizer=plugins.dump(optimizer),
         optimizer_state=stage.optimizer_state,
         objective=plugins.dump(objective),
+        pull=plugins.dump(pull) if pull else None,
+        pull_sources=[s.to_json() for s in _pull_sources(recipe, stage, pull, parent, corpora)],
+        models=models,
         new_rows=_new_rows(stage, parent) if stage.train == "new_rows" else None,
     )
+
+
+def _objective(
+    recipe: Recipe, stage: StageSettings, sources: list[SourceSpec], corpora: dict[str, _Opened]
+) -> Objective:
+    """The stage's objective. Raises UserError where it cannot be used on the stage's rows."""
+    objective: Objective = plugins.build("objectives", stage.objective)[0]
+    data = stage_data(
+        sources,
+        {one.corpus.fingerprint: one.corpus for one in corpora.values()},
+        seed=recipe.seed,
+        stage=stage.name,
+        sequence_length=recipe.batch.sequence_length,
+        document_mask=recipe.document_mask,
+    )
+    try:
+        objective.check(data)
+    except UserError as error:
+        raise UserError(f"stage '{stage.name}': {error}") from None
+    return objective
+
+
+def _pull_sources(
+    recipe: Recipe, stage: StageSettings, pull: Any, parent: Parent | None, corpora: dict[str, _Opened]
+) -> list[SourceSpec]:
+    """The sources of the data that a pull weighs by."""
+    if pull is None or not pull.mixture:
+        return []
+    for name in pull.mixture:
+        if name not in corpora and name != REPLAY:
+            hint = nearest(name, [*corpora, REPLAY])
+            raise UserError(f"stage '{stage.name}': pull: no corpus '{name}' under 'corpora'.{hint}")
+    return _sources(recipe, stage.model_copy(update={"mixture": pull.mixture}), parent, corpora)
+
+
+def _other_model(base: Path, parent: Parent | None, stage: str, name: str) -> Parent:
+    """A checkpoint that a stage reads beside the one it trains, by its name."""
+    if name != PARENT:
+        return read_parent((base / name).resolve())
+    if parent is None:
+        raise UserError(f"stage '{stage}': it reads the parent's weights, and this run begins without a 'parent'")
+    return parent
 
 
 def _communication(recipe: Recipe) -> dict[str, Any]:
@@ -499,8 +574,6 @@ def stage_order(
     drawn: Mapping[str, int],
 ) -> StageOrder:
     """The order of a stage's rows when `drawn` rows of each source were consumed by earlier stages of the run."""
-    from perennial.core.seeds import derive
-
     specs = [SourceSpec.from_json({**s, "offset_rows": s["offset_rows"] + drawn.get(s["name"], 0)}) for s in sources]
     return StageOrder(specs, corpora, seed=derive(seed, "mixture", stage), sequence_length=sequence_length)
 
@@ -542,6 +615,12 @@ def describe(resolved: Resolved) -> str:
             f"peak {stage.rate_peak:.3g}, ends at {stage.rate_end:.3g}; {stage.optimizer['name']}, "
             f"state {stage.optimizer_state}"
         )
+        if stage.pull:
+            settings = ", ".join(f"{key} {value}" for key, value in stage.pull.items() if key != "name")
+            lines.append(f"    pulled to the parent by {stage.pull['name']}: {settings}")
+        if stage.objective["name"] != "next_token":
+            settings = ", ".join(f"{key} {value}" for key, value in stage.objective.items() if key != "name")
+            lines.append(f"    objective {stage.objective['name']}: {settings}")
         if stage.new_rows:
             first, stop = stage.new_rows
             lines.append(f"    trains only the rows of the {stop - first} ids from {first} on")

@@ -26,11 +26,12 @@ from perennial.model.layerwise import checkpoint_layers, compile_layers
 from perennial.model.through_transformers import AnyModel, from_config
 from perennial.model.transformer import Transformer, initialise
 from perennial.train import loop, memory_advice
+from perennial.train.limits import check_memory, check_processes
 from perennial.train.parallel import World, join_world, leave_world, wait_for_all
 from perennial.train.precision import autocast, native_precision
 from perennial.train.recipe import ParallelSettings, Recipe, parse_recipe, read
 from perennial.train.resolve import Resolved, describe, recipe_hash, relative_to, resolve
-from perennial.train.session import Session, check_memory, check_processes
+from perennial.train.session import Session
 from perennial.train.workers import rank
 
 RECIPE, RESOLVED, EVENTS = "recipe.yaml", "resolved.json", "events.jsonl"
@@ -292,6 +293,7 @@ def tokens_per_second(
     parameters = model.named_parameters()
     optimizer = plugins.build("optimizers", recipe.stages[0].optimizer)[0].build(parameters, model.role_of)
     objective = plugins.build("objectives", recipe.stages[0].objective)[0]
+    objective = objective.with_models([model] * len(objective.checkpoints()))  # teachers are taken to be of its size
     share = math.ceil(recipe.batch.sequences / (processes or int(os.environ.get("WORLD_SIZE", "1"))))
     rows = min(recipe.batch.micro_batch or share, share)
     tokens = torch.randint(config.vocabulary_size, (rows, recipe.batch.sequence_length), device=device)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perennial.core import lineage as lineages
-from perennial.core import plugins
 from perennial.core.amounts import human, human_bytes, human_seconds
 from perennial.core.clock import Clock
 from perennial.core.environment import environment, package_version
-from perennial.core.environment import memory_bytes as machine_memory_bytes
 from perennial.core.errors import UserError
-from perennial.core.layout import Layout, choose_layout
 from perennial.core.patience import Patience, may_come_back, patience_limit
 from perennial.core.progress import Progress as ProgressLine
 from perennial.core.records import Recorder
 from perennial.core.seeds import derive
-from perennial.core.settings import raise_problems
 from perennial.data.corpus import Corpus
 from perennial.data.loader import Loader
 from perennial.data.mixture import StageOrder
@@ -34,34 +29,30 @@ from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.evals.loss import evaluate
 from perennial.model.card import Companions, read_companions
 from perennial.model.config import ModelConfig
-from perennial.model.foreign import AnyConfig, check_divisible, num_parameters, parse_config, state_bytes
+from perennial.model.foreign import parse_config
 from perennial.model.inspection import weights_id
 from perennial.model.layerwise import checkpoint_layers, compile_layers
-from perennial.model.placement import local_part
+from perennial.model.memory import evaluation_tokens
 from perennial.model.through_transformers import AnyModel
 from perennial.model.transformer import Transformer, initialise
 from perennial.objectives.next_token import NextToken
 from perennial.optimizers.base import export_state, import_state, skips_on_device
 from perennial.train import checkpoint, memory_advice
-from perennial.train.apart import Own, Replicas, workers_of
+from perennial.train.apart import Replicas, workers_of
 from perennial.train.defaults import defaults
 from perennial.train.feeding import TorchBatch
+from perennial.train.history import component, order_of, stage_record
+from perennial.train.limits import check_memory, check_processes, layout_for, memory_bytes
 from perennial.train.new_rows import NewRows
-from perennial.train.parallel import (
-    Spread,
-    World,
-    any_of,
-    device_bytes,
-    placed,
-    processes_per_machine,
-    sum_values,
-    summed,
-    wait_for_all,
-)
+from perennial.train.opening import Opening
+from perennial.train.other_models import check_layout
+from perennial.train.parallel import Spread, World, placed, sum_values, summed, wait_for_all
 from perennial.train.precision import autocast, matmul_rate
+from perennial.train.pulling import Pulling
 from perennial.train.recovery import SetAside, sound_checkpoints
-from perennial.train.resolve import Resolved, ResolvedStage, rate_is_estimate, stage_order
-from perennial.train.saving import Crew, Saving, pays
+from perennial.train.resolve import Resolved, ResolvedStage, rate_is_estimate
+from perennial.train.saver import Saver, could_not_write
+from perennial.train.saving import Crew
 from perennial.train.stalls import Lately, Stall, Stopwatch
 from perennial.train.state import Progress, TrainState
 from perennial.train.step import Update
@@ -85,7 +76,7 @@ class RunningStage:
     def close_stage(self) -> None:
         """Turns the stage that just ended into a lineage record and moves on to the next."""
         session, progress = self.session, self.session.state.progress
-        progress.finished.append(session.stage_record(self.stage, self.order, complete=True))
+        progress.finished.append(stage_record(session.resolved, self.stage, progress, self.order, complete=True))
         session.carried = session.moments(session.state.optimizer)
         progress.stage += 1
         progress.row = progress.stage_tokens = 0
@@ -98,22 +89,20 @@ class Session:
 
     def __init__(self, folder: Path, resolved: Resolved, world: World, *, quiet: bool = False) -> None:
         config = parse_config(resolved.model)
-        world = placed(world, _layout(resolved, config, world))
+        world = placed(world, layout_for(resolved, config, world))
         check_processes(resolved.batch.sequences, world.data_size)
+        check_layout(resolved.stages, world.layout)
         self.folder, self.resolved, self.world = folder, resolved, world
         self.crew = Crew(world)
-        self.communication = _component("communications", resolved.communication)
+        self.communication = component("communications", resolved.communication)
         self.replicas = Replicas(world, apart=self.communication.trains_apart)
         self.checkpoints = folder / "checkpoints"
         self.stopped = False
         self.stop_requested = False
         self.new_rows: NewRows | None = None
-        self._saving: Saving | None = None
-        self._save_may_fail = False
-        self._save_failed = False
-        self._periodic_save: int | None = None
-        """Tokens at which the last save that may fail was begun."""
-        self._consumed_by_saved: list[tuple[str, dict[str, Any]]] = []
+        self.pulling: Pulling | None = None
+        self._opening = Opening(self)
+        self.saver = Saver(self)
         self.clock = Clock()
         self.environment = {**environment(), "defaults": defaults(world.device)}
         if resolved.through == "transformers":
@@ -121,7 +110,7 @@ class Session:
         self._quiet = quiet
         self.console = ProgressLine("train", total=resolved.tokens, unit="tokens", quiet=quiet or not world.is_main)
         self.watchdog = watch(world.rank, world.size, world.device, on_hang=self._record_hang)
-        self.patience = Patience(patience_limit(), self._tell)
+        self.patience = Patience(patience_limit(), self.tell)
         self.corpora = _open_corpora(resolved, self.patience, was_there=_has_events(folder))
         self.by_fingerprint = {c.fingerprint: c for c in self.corpora.values()}
         saved, aside = self.crew.main(self._sound_checkpoints)
@@ -174,7 +163,7 @@ class Session:
         behind = [{"rank": s.note.rank, "phase": s.note.phase, "seconds": round(s.seconds, 1)} for s in hang.behind]
         self.records.write("hang", tokens=made * self.resolved.batch.tokens, behind=behind)
 
-    def _tell(self, text: str) -> None:
+    def tell(self, text: str) -> None:
         """Says what this process waits for; it does not hang meanwhile."""
         self.watchdog.go_on()
         rank = "" if self.world.is_main else f"rank {self.world.rank}: "
@@ -292,13 +281,13 @@ class Session:
 
     def reload(self) -> None:
         """Returns to the last checkpoint, in memory as on disk."""
-        self.finish_saving()
+        self.saver.finish()
         path = lineages.checkpoints_of(self.folder)[-1]
         checkpoint.put_back_weights(self.state.model, path, self.world.device)
         self.state.progress = checkpoint.load_progress(path, self.resolved.recipe_hash)
         self._load_beside(path, self.state.model)
         stage = self.resolved.stages[self.state.progress.stage]
-        self.state.optimizer = self._optimizer(stage)
+        self.state.optimizer = self.new_optimizer(stage)
 
     # Stages
 
@@ -307,37 +296,29 @@ class Session:
         """The current stage, with its optimizer in `self.state`; states the learning rate it starts at."""
         progress = self.state.progress
         stage = self.resolved.stages[progress.stage]
-        schedule = _component("schedules", stage.schedule)
+        schedule = component("schedules", stage.schedule)
         if schedule.rate(0, stage.tokens) != stage.rate_start:
             raise UserError(
                 f"{self.folder}/resolved.json: stage '{stage.name}' says that its learning rate starts at "
                 f"{stage.rate_start!r}, its schedule gives {schedule.rate(0, stage.tokens)!r}; the file was changed"
             )
-        order = self._order(stage)
-        self.state.optimizer = self._optimizer(stage)
+        order = order_of(self.resolved, stage, self.state.progress, self.by_fingerprint)
+        objective, self.pulling = self._opening.objective(stage), self._opening.pulling(stage)
+        self.state.optimizer = self.new_optimizer(stage)
         self.spread.start_training()
         self.stopwatch.watch(self.state.model)
         if progress.stage_tokens == 0:
             self._record_stage(stage)
-        loader = Loader(
-            order,
-            self.by_fingerprint,
-            sequence_length=self.resolved.batch.sequence_length,
-            document_mask=self.resolved.document_mask,
-            separator_id=self.tokenizer.separator_id,
-        )
-        with loader:
-            yield RunningStage(self, stage, order, loader, schedule, _component("objectives", stage.objective))
+        with self._opening.loader(stage, order, objective) as loader:
+            yield RunningStage(self, stage, order, loader, schedule, objective)
 
-    def _order(self, stage: ResolvedStage) -> StageOrder:
-        drawn: dict[str, int] = {}
-        for record in self.state.progress.finished:
-            for source in record["sources"]:
-                drawn[source["name"]] = drawn.get(source["name"], 0) + source["rows"]
-        length = self.resolved.batch.sequence_length
-        return stage_order(stage.sources, self.by_fingerprint, self.resolved.seed, length, stage.name, drawn)
+    @property
+    def is_quiet(self) -> bool:
+        """Whether this process says nothing of what it does."""
+        return self._quiet or not self.world.is_main
 
-    def _optimizer(self, stage: ResolvedStage) -> Any:
+    def new_optimizer(self, stage: ResolvedStage) -> Any:
+        """The optimizer of a stage, with the moments that are carried on into it."""
         model = self.state.model
         if self.new_rows is not None:
             model.requires_grad_(True)
@@ -348,7 +329,7 @@ class Session:
             )
         self.new_rows = NewRows(model, *stage.new_rows) if stage.new_rows else None
         trained = self.new_rows or model
-        optimizer = _component("optimizers", stage.optimizer).build(trained.named_parameters(), model.role_of)
+        optimizer = component("optimizers", stage.optimizer).build(trained.named_parameters(), model.role_of)
         if stage.optimizer_state == "reset" and self.state.progress.stage_tokens == 0:
             self.carried = {}
             self.rounds.forget()
@@ -380,57 +361,13 @@ class Session:
             optimizer=stage.optimizer,
             optimizer_state=stage.optimizer_state,
             objective=stage.objective,
+            pull=stage.pull,
             new_rows=stage.new_rows,
             sources=[{k: s[k] for k in ("name", "weight", "role", "corpus")} for s in stage.sources],
         )
         guessed = "by estimate " if rate_is_estimate(self.resolved, progress.stage) else ""
         was = "" if stage.rate_before is None else f" (it was {guessed}left at {stage.rate_before:.3g})"
         self.console.note(f"stage {stage.name}: learning rate starts at {stage.rate_start:.3g}{was}")
-
-    def stage_record(self, stage: ResolvedStage, order: StageOrder, *, complete: bool) -> dict[str, Any]:
-        """The lineage record of the current stage as far as it has gone."""
-        progress, batch = self.state.progress, self.resolved.batch
-        rows = order.consumed(progress.row)
-        sources = []
-        for spec in order.specs:
-            drawn = rows[spec.name]
-            epochs = drawn / max(1, order.available_rows(spec.name))
-            skipped = [order.draws(first, stop)[spec.name] for first, stop in progress.skipped_rows]
-            tokens = (drawn - sum(stop - first for first, stop in skipped)) * batch.sequence_length
-            drawn_as = {"rows": drawn, "tokens": tokens, "epochs": round(epochs, 6), "skipped": skipped}
-            sources.append({**spec.to_json(), **drawn_as})
-        return lineages.StageRecord(
-            run=self.resolved.name,
-            stage=stage.name,
-            recipe_hash=self.resolved.recipe_hash,
-            parent=self.resolved.parent["checkpoint"] if self.resolved.parent else None,
-            seed=self.resolved.seed,
-            tokens=progress.stage_tokens,
-            complete=complete,
-            flops=progress.stage_flops,
-            seconds=round(progress.stage_seconds, 3),
-            sequence_length=batch.sequence_length,
-            batch_tokens=batch.tokens,
-            micro_batch=batch.micro_batch,
-            clip=self.resolved.clip,
-            document_mask=self.resolved.document_mask,
-            precision=self.resolved.precision,
-            schedule=stage.schedule,
-            rate_start=stage.rate_start,
-            rate_peak=stage.rate_peak if complete else self._peak_so_far(stage),
-            rate_end=progress.rate,
-            optimizer=stage.optimizer,
-            objective=stage.objective,
-            new_rows=stage.new_rows,
-            sources=sources,
-            skipped_rows=[(a, b) for a, b in progress.skipped_rows],
-        ).model_dump(mode="json")
-
-    def _peak_so_far(self, stage: ResolvedStage) -> float:
-        schedule, batch = _component("schedules", stage.schedule), self.resolved.batch.tokens
-        done = self.state.progress.stage_tokens // batch
-        step = max(1, done // 10_000)
-        return max(schedule.rate(u * batch, stage.tokens) for u in [*range(0, done, step), done])
 
     # After each update
 
@@ -490,17 +427,8 @@ class Session:
         return (
             self._due(resolved.evaluation_every_tokens)
             or self._due(resolved.checkpoint_every_tokens)
-            or self._may_save_again()
+            or self.saver.may_try_again()
         )
-
-    def _may_save_again(self) -> bool:
-        """Whether this is a quarter of the way from a save that may have failed to the next; equal on all processes."""
-        every = self.resolved.checkpoint_every_tokens
-        if every is None or self._periodic_save is None:
-            return False
-        batch = self.resolved.batch.tokens
-        quarter = max(1, every // 4 // batch) * batch
-        return (self.state.progress.tokens - self._periodic_save) % quarter == 0
 
     def after_update(self, *, stop: bool, stage_done: bool) -> None:
         """Evaluates, saves and stops when it is time."""
@@ -508,11 +436,11 @@ class Session:
         complete = progress.stage == len(resolved.stages)
         if stage_done or self._due(resolved.evaluation_every_tokens):
             self.evaluate("after" if complete else "during")
-        self.finish_saving(wait=False)
+        self.saver.finish(wait=False)
         if stage_done or stop or self._due(resolved.checkpoint_every_tokens):
-            self.save(while_training=not (stage_done or stop))
-        elif self._may_save_again() and any_of(self._save_failed, self.world):
-            self.save(while_training=True)
+            self.saver.save(while_training=not (stage_done or stop))
+        elif self.saver.has_to_try_again():
+            self.saver.save(while_training=True)
         if stop and not complete:
             self.stopped = True
             self.records.write("stop", tokens=progress.tokens, reason="asked to stop")
@@ -529,6 +457,7 @@ class Session:
         progress, resolved = self.state.progress, self.resolved
         self.watchdog.enter("evaluate")
         mode = autocast(resolved.precision, self.world.device)
+        rows = resolved.batch.micro_batch or -(-resolved.batch.sequences // self.world.data_size)
         with self.clock.section("evaluate") as spent, self.rounds.common(), mode:
             corpora = evaluate(
                 self.state.model,
@@ -538,6 +467,7 @@ class Session:
                 max_tokens=resolved.evaluation_tokens,
                 document_mask=resolved.document_mask,
                 device=self.world.device,
+                batch_tokens=evaluation_tokens(rows * resolved.batch.sequence_length),
                 rank=self.world.data_rank,
                 world_size=self.world.data_size,
                 combine=lambda values: sum_values(values, self.world),
@@ -559,139 +489,12 @@ class Session:
         self.watchdog.enter("evaluate")
         return self.spread.measure(NextToken().evaluate, TorchBatch(inputs, targets, segments))
 
-    def save(self, *, while_training: bool = False) -> None:
-        """Writes a checkpoint of the present state and prunes old ones; one that is still being written first.
-
-        while_training: a large state is copied and written by a thread; when it fails, training goes on without it and
-        it is tried again later. Otherwise it is tried again at once, for as long as patience lasts; then UserError.
-        """
-        self.finish_saving()
-        self.watchdog.enter("save")
-        progress = self.state.progress
-        self._save_failed, self._save_may_fail = False, while_training
-        self._periodic_save = progress.tokens if while_training else None
-        with self.clock.section("save") as spent:
-            if while_training:
-                self._save(in_background=True)
-            else:
-                # What one process fails at, all fail at, and all wait equally long; one tells.
-                tell = self._tell if self.world.is_main else lambda text: self.watchdog.go_on()
-                save = functools.partial(self._save, in_background=False)
-                Patience(self.patience.seconds, tell).attempt(save, passes=_could_not_write)
-        progress.seconds["save"] += spent.seconds
-
-    def _save(self, *, in_background: bool) -> None:
-        try:
-            self.crew.main(self.records.settle)  # a checkpoint must not be ahead of its records
-        except UserError as error:
-            self._note_failure(self.state.progress.tokens, error)
-            return
-        self._saving = self._start_saving(in_background)
-        if not in_background:
-            self.finish_saving()
-
-    def _note_failure(self, tokens: int, error: Exception) -> None:
-        """Notes that saving failed; raises the error when training must not go on without."""
-        if not self._save_may_fail:
-            raise error
-        self._save_failed = True
-        reason = str(error).splitlines()[0]
-        self.records.write("save_failed", tokens=tokens, reason=reason)
-        self.console.note(
-            f"saving at {human(tokens, 'tokens')} failed, training goes on and tries again later: {reason}"
-        )
-
-    def _start_saving(self, while_training: bool) -> Saving:
-        progress = self.state.progress
-        optimizer = self.state.optimizer or self._optimizer(self.resolved.stages[progress.stage])
-        model, moments = self.state.model, self.moments(optimizer)
-        in_background = while_training and not any_of(not pays(_state_size(model, moments)), self.world)
-        ends = {sum(s.tokens for s in self.resolved.stages[: i + 1]) for i in range(len(self.resolved.stages))}
-        self._consumed_by_saved = self._consumed()
-
-        def write(taken: checkpoint.Snapshot) -> Path:
-            path = checkpoint.save(self.checkpoints, taken, self.crew)
-            if self.world.is_main:
-                checkpoint.prune(self.checkpoints, self.resolved.checkpoint_keep, ends)
-            return path
-
-        with self.rounds.common() as weights:
-            own = None
-            if self.communication.trains_apart:
-                number, group = self.replicas.own, self.replicas.group
-                own = Own(number, group, weights, moments, self.rounds.shared_state())
-                moments = self.replicas.mean(moments)
-            taken = checkpoint.snapshot(
-                model,
-                moments,
-                crew=self.crew,
-                copies=in_background,
-                progress=copy.deepcopy(progress),
-                lineage=self._lineage(),
-                recipe_hash=self.resolved.recipe_hash,
-                tokenizer=self.tokenizer,
-                companions=self.companions,
-                own=own,
-            )
-            return Saving(lambda: write(taken), tokens=progress.tokens, in_background=in_background)
-
-    def finish_saving(self, *, wait: bool = True) -> None:
-        """Records the checkpoint that was being written, once it is whole, or that this failed; see `save`."""
-        if self._saving is None or not (wait or self._saving.is_done):
-            return
-        saving, self._saving = self._saving, None
-        try:
-            path = saving.finish()
-        except (UserError, OSError) as error:
-            self._note_failure(saving.tokens, error)
-            return
-        for stage, sources in self._consumed_by_saved:
-            self.records.write("consumed", tokens=saving.tokens, stage=stage, sources=sources)
-        self.records.write("checkpoint", tokens=saving.tokens, path=path.name, seconds=round(saving.seconds, 3))
-
-    def _consumed(self) -> list[tuple[str, dict[str, Any]]]:
-        """What was drawn from each source, by stage."""
-        return [
-            (r["stage"], {s["name"]: {k: s[k] for k in ("rows", "tokens", "epochs")} for s in r["sources"]})
-            for r in self._stage_records()
-        ]
-
-    def _stage_records(self) -> list[dict[str, Any]]:
-        progress = self.state.progress
-        records = list(progress.finished)
-        if progress.stage_tokens > 0:
-            stage = self.resolved.stages[progress.stage]
-            records.append(self.stage_record(stage, self._order(stage), complete=False))
-        return records
-
-    def _lineage(self) -> dict[str, Any]:
-        """Everything of the checkpoint's lineage but its id."""
-        progress = self.state.progress
-        after = progress.latest.get("corpora", {}) if progress.latest.get("tokens") == progress.tokens else {}
-        inherited = self.parent.corpora if self.parent else {}
-        own = {n: {k: f[k] for k in ("path", "fingerprint", "tokenizer")} for n, f in self.resolved.corpora.items()}
-        for name, facts in self.resolved.corpora.items():
-            if facts.get("stands_in") or inherited.get(name, {}).get("stands_in"):
-                own[name]["stands_in"] = True
-        drawn = {s["fingerprint"] for r in self._stage_records() for s in r["sources"]}
-        return {
-            "stages": [
-                *(s.model_dump(mode="json") for s in (self.parent.stages if self.parent else [])),
-                *self._stage_records(),
-            ],
-            "evaluation": {"before": progress.before, "after": after},
-            "corpora": {**inherited, **{n: f for n, f in own.items() if n in inherited or f["fingerprint"] in drawn}},
-            "environment": self.environment,
-            "origin": self.parent.origin if self.parent else None,
-            "changes": self.parent.changes if self.parent else [],
-        }
-
     def close(self) -> None:
         """Ends the records and the progress line, a checkpoint being written first; harmless when all has ended."""
         self.watchdog.close()
         try:
             with contextlib.suppress(UserError, OSError):  # what ended the run is told, not what this may add
-                self.finish_saving()
+                self.saver.finish()
         finally:
             self.records.close()
             self.console.close()
@@ -701,7 +504,7 @@ class Session:
     def finish(self, summary: dict[str, Any]) -> None:
         """Records that the run is complete."""
         self.records.write("done", **summary)
-        self.patience.attempt(self.records.settle, passes=_could_not_write)
+        self.patience.attempt(self.records.settle, passes=could_not_write)
         spent = ", ".join(f"{k} {human_seconds(v)}" for k, v in summary["seconds"].items() if v >= 0.5)
         sent = self.state.progress.sent_bytes
         exchanged = f", {human_bytes(sent)} sent by each process" if sent else ""
@@ -743,72 +546,8 @@ def _has_events(folder: Path) -> bool:
     return events.exists() and events.stat().st_size > 0
 
 
-def _could_not_write(error: Exception) -> bool:
-    return isinstance(error, (UserError, OSError))
-
-
 def _stall_fields(stall: Stall) -> dict[str, Any]:
     return {"straggler_seconds": round(stall.seconds, 4), "straggler": stall.rank, "straggler_cause": stall.cause}
-
-
-def _state_size(model: AnyModel, moments: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of parameters and moments that this process holds."""
-    tensors = [local_part(tensor) for tensor in (*model.parameters(), *moments.values())]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _layout(resolved: Resolved, config: AnyConfig, world: World) -> Layout:
-    here = processes_per_machine(world)
-    layout = choose_layout(
-        world.size,
-        per_machine=here,
-        **resolved.parallel.model_dump(),
-        needed_bytes=state_bytes(config, 8),
-        device_bytes=device_bytes(world.device, here, machine_memory_bytes()["total"]),
-    )
-    check_divisible(config, layout)
-    return layout
-
-
-def check_processes(sequences: int, processes: int) -> None:
-    """Raises UserError when a batch has no row for some of the processes that divide it."""
-    if processes > sequences:
-        raise UserError(f"{processes} processes for batch.sequences {sequences}: each process needs a row; use fewer")
-
-
-def check_memory(config: AnyConfig, world: World) -> None:
-    """Raises UserError for a model whose weights, gradients and optimizer state cannot fit, whatever is free now."""
-    parts = world.layout.shards * world.layout.tensor
-    needed = state_bytes(config, 4) / parts  # 4 bytes of optimizer state per parameter at the least
-    on_gpu = world.device.type == "cuda"
-    there = device_bytes(world.device, 1, machine_memory_bytes()["total"])
-    if there is not None and needed > there:
-        raise UserError(
-            f"model: {human(num_parameters(config))} parameters need at least {human_bytes(needed)} for weights, "
-            f"gradients and optimizer state; this {'GPU' if on_gpu else 'machine'} has {human_bytes(there)}. Take a "
-            "smaller model."
-        )
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Memory in use: peak allocated on a GPU, resident set of the process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            import resource
-
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:  # not Linux
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _component(kind: str, data: dict[str, Any]) -> Any:
-    component, problems = plugins.build(kind, data)
-    raise_problems(problems, f"{kind} of resolved.json")
-    return component
 
 
 def _open_corpora(resolved: Resolved, patience: Patience, *, was_there: bool) -> dict[str, Corpus]:

@@ -21,6 +21,7 @@ from perennial.train.feeding import TorchBatch
 from perennial.train.new_rows import NewRows
 from perennial.train.parallel import Spread, clip_gradients, summed
 from perennial.train.precision import autocast
+from perennial.train.pulling import Pulling
 
 
 class NonFinite(TrainingStopped):
@@ -79,13 +80,15 @@ def make_update(
     micro_batch: int | None,
     rows: int,
     new_rows: NewRows | None = None,
+    pulling: Pulling | None = None,
     stop: bool = False,
 ) -> Queued:
     """Trains on one batch, of which this is the part of one process; `rows` is the size of the whole.
 
     An update whose loss or gradient is not finite is not made, which `Queued.finish` tells. new_rows: all that is
-    trained, when that is not the whole model. Of workers that train apart each divides its loss by the count of its own
-    targets; the loss told is that of all rows, the gradient norm the mean of the workers'.
+    trained, when that is not the whole model. pulling: what draws the weights back once the step is made. Of workers
+    that train apart each divides its loss by the count of its own targets; the loss told is that of all rows, the
+    gradient norm the mean of the workers'.
     """
     world, trained = spread.world, new_rows or spread.model
     device = world.device
@@ -117,18 +120,22 @@ def make_update(
     if device.type == "cuda" and skips_on_device(optimizer):
         optimizer.found_inf = (~(torch.isfinite(nats[0]) & torch.isfinite(norm[0]))).float()
         optimizer.step()
-    else:
-        _step_if_finite(queued, optimizer, trained)
+        if pulling is not None:
+            pulling.after_step(rate, unless=optimizer.found_inf)
+    elif _step_if_finite(queued, optimizer, trained) and pulling is not None:
+        pulling.after_step(rate)
     return queued
 
 
-def _step_if_finite(queued: Queued, optimizer: Any, trained: Any) -> None:
+def _step_if_finite(queued: Queued, optimizer: Any, trained: Any) -> bool:
+    """Makes the step and returns True, unless a number is not finite."""
     try:
         queued.finish()
     except NonFinite:
         trained.zero_grad(set_to_none=True)
-        return
+        return False
     optimizer.step()
+    return True
 
 
 def _sums(model: torch.nn.Module, objective: Any, batch: TorchBatch) -> tuple[Tensor, Tensor]:

@@ -171,6 +171,17 @@ def _dumped(found: Communication) -> Any:
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
+def test_holds_as_much_as_it_declares(name: str, index: int) -> None:
+    found = settings(name, index)
+    member = workers(found, 1)[0].train(rule_of(found), 1, 3)
+    own = {parameter.data_ptr() for parameter in member.parameters.values()}
+    kept = [value for held in vars(member.rounds).values() if isinstance(held, dict) for value in held.values()]
+    held_bytes = sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor.data_ptr() not in own)
+    parameters = sum(parameter.numel() for parameter in member.parameters.values())
+    assert held_bytes == found.state_bytes_per_parameter * parameters
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
 def test_equal_workers_are_one_worker(name: str, index: int) -> None:
     """The mean of equal numbers is exact, in fp32 and in bf16 halves; one worker sends nothing."""
     found = settings(name, index)

@@ -83,6 +83,19 @@ def settings(name: str, index: int) -> Objective:
     return objective
 
 
+def ready(name: str, index: int, dtype: torch.dtype = torch.float64) -> Objective:
+    """The objective with the further models that it asks for, each different from the one that is trained."""
+    objective = settings(name, index)
+    models = []
+    for number, _ in enumerate(objective.checkpoints()):
+        model = (CappedModel() if number % 2 else Model(tied=True)).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * (number + 1) * parameter.sin())
+        models.append(model)
+    return objective.with_models(models)
+
+
 def gradients(model: Model) -> list[torch.Tensor]:
     found = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
@@ -98,7 +111,7 @@ def assert_same(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: f
 @pytest.mark.parametrize(("name", "index"), CASES)
 @pytest.mark.parametrize("head", HEADS)
 def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, index: int, head: str) -> None:
-    model, data, objective = HEADS[head]().double(), batch(), settings(name, index)
+    model, data, objective = HEADS[head]().double(), batch(), ready(name, index)
     count = int((data.targets != IGNORED).sum())
     expected, nats = None, None
     for size in (6, 3, 2, 1):
@@ -116,7 +129,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, index: 
 @pytest.mark.parametrize(("name", "index"), CASES)
 @pytest.mark.parametrize("head", ["own", "logits"])
 def test_ignored_targets_contribute_nothing(name: str, index: int, head: str) -> None:
-    model, objective = HEADS[head]().double(), settings(name, index)
+    model, objective = HEADS[head]().double(), ready(name, index)
     data = batch(rows=4, ignored=0.0)
     masked = Batch(data.inputs, data.targets.clone(), data.segments)
     masked.targets[2:] = IGNORED
@@ -140,7 +153,7 @@ def test_ignored_targets_contribute_nothing(name: str, index: int, head: str) ->
 @pytest.mark.parametrize(("name", "index"), CASES)
 @pytest.mark.parametrize("head", ["own", "logits"])
 def test_uniform_logits_give_the_logarithm_of_the_vocabulary(name: str, index: int, head: str) -> None:
-    model, data, objective = HEADS[head](), batch(), settings(name, index)
+    model, data, objective = HEADS[head](), batch(), ready(name, index, torch.float32)
     with torch.no_grad():
         model.head.zero_()
     loss = objective.loss(model, data)
@@ -150,7 +163,7 @@ def test_uniform_logits_give_the_logarithm_of_the_vocabulary(name: str, index: i
 @pytest.mark.parametrize(("name", "index"), CASES)
 @pytest.mark.parametrize("head", ["tied", "logits"])
 def test_evaluate_is_the_reported_loss_without_gradients(name: str, index: int, head: str) -> None:
-    model, data, objective = HEADS[head](), batch(), settings(name, index)
+    model, data, objective = HEADS[head](), batch(), ready(name, index, torch.float32)
     loss, (nats, count) = objective.loss(model, data), objective.evaluate(model, data)
     assert loss.total.requires_grad
     assert not loss.nats.requires_grad
@@ -164,7 +177,7 @@ def test_evaluate_is_the_reported_loss_without_gradients(name: str, index: int, 
 @pytest.mark.parametrize(("name", "index"), CASES)
 @pytest.mark.parametrize("head", ["own", "logits"])
 def test_gradient_is_the_derivative(name: str, index: int, head: str) -> None:
-    model, data, objective = HEADS[head]().double(), batch(rows=3), settings(name, index)
+    model, data, objective = HEADS[head]().double(), batch(rows=3), ready(name, index)
 
     def total(embedding: torch.Tensor, matrix: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         given = {"model.embedding": embedding, "model.matrix": matrix, "model.head": head}

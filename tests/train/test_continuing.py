@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import perennial
 
 from perennial.core import lineage, records
 from perennial.core.errors import UserError
 from perennial.core.lineage import newest_checkpoint
-from perennial.train.continuing import PEAK_EXPONENT, continue_run, derive
+from perennial.train.continuations.base import PEAK_EXPONENT
+from perennial.train.continuing import continue_run, derive
 from perennial.train.measuring import evaluate_checkpoint
 from perennial.train.recipe import parse_recipe
 from perennial.train.resolve import resolve
 from perennial.train.run import make_run, start, train
+from tests.commands import perennial
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import perennial
 
 from perennial.core import records
 from perennial.core.errors import TrainingStopped, UserError
@@ -23,6 +22,7 @@ from perennial.train import launch, workers
 from perennial.train.recipe import parse_recipe, read
 from perennial.train.run import make_run, start, train
 from perennial.train.workers import Outcome
+from tests.commands import perennial
 from tests.workspace import Workspace
 
 FAULTY = """
@@ -177,6 +177,7 @@ def test_continue_prepares_text_once(workspace: Workspace, tmp_path: Path) -> No
     [
         (["--processes", "0"], "--processes 0: must be 1 or more"),
         (["--processes", "-1"], "--processes -1: must be 1 or more"),
+        (["--processes", "99999999"], "--processes 99999999: at most "),
         (["--processes", "9"], "--processes 9: a batch has 8 rows"),
         (["--processes", "2", "--max-restarts", "-1"], "--max-restarts -1: must be 0 or more"),
         (["--max-restarts", "1"], "--max-restarts 1: needs --processes"),

@@ -86,6 +86,7 @@ def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path
     """One process, and every layout on 2 and on 4; then each gone on with from its middle by another number."""
     folder = tmp_path_factory.mktemp("parallel")
     start(parse_recipe(recipe(workspace)), folder / "one", base=Path(), quiet=True)
+    start(parse_recipe(recipe(workspace, precision="bf16")), folder / "one bf16", base=Path(), quiet=True)
     for processes, layouts in LAYOUTS.items():
         asked = [
             {"out": str(folder / f"{processes} {name}"), "recipe": recipe(workspace, parallel=parallel)}
@@ -94,6 +95,8 @@ def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path
         if processes == 2:
             sharded = recipe(workspace, parallel=layouts["shards"])
             asked.append({"out": str(folder / "2 behind"), "recipe": sharded, "behind": True})
+            narrow = recipe(workspace, parallel=layouts["shards"], precision="bf16")
+            asked.append({"out": str(folder / "2 bf16"), "recipe": narrow})
         run_all(asked, processes, folder)
     return folder
 
@@ -103,6 +106,16 @@ def test_many_processes_train_as_one(runs: Path, processes: int, name: str) -> N
     assert_close(runs / f"{processes} {name}", runs / "one")
     layout = Layout(**events(runs / f"{processes} {name}", "run")[0]["layout"])
     assert layout.replicas * layout.shards * layout.tensor == processes
+
+
+def test_shards_in_bf16_train_as_one_process_does(runs: Path) -> None:
+    """Tolerance 2e-2 nats and 10 % of a gradient norm: gathered gains and biases are rounded to 8 bits."""
+    seen, wanted = events(runs / "2 bf16", "train"), events(runs / "one bf16", "train")
+    assert [e["loss"] for e in seen] == pytest.approx([e["loss"] for e in wanted], abs=2e-2)
+    assert [e["gradient_norm"] for e in seen] == pytest.approx([e["gradient_norm"] for e in wanted], rel=0.1)
+    assert [e["loss"] for e in wanted] != [e["loss"] for e in events(runs / "one", "train")]  # bf16 was in effect
+    weights = load_file(newest_checkpoint(runs / "2 bf16") / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 def test_a_checkpoint_is_the_same_kind_of_folder_whoever_wrote_it(runs: Path) -> None:

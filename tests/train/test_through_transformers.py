@@ -21,12 +21,12 @@ from perennial.core.lineage import newest_checkpoint
 from perennial.model.folder_config import load_config
 from perennial.model.foreign import TransformersConfig
 from perennial.train import loop
+from perennial.train.limits import check_memory
 from perennial.train.measuring import evaluate_checkpoint
 from perennial.train.parallel import World
 from perennial.train.recipe import parse_recipe
 from perennial.train.resolve import describe
 from perennial.train.run import plan, read_resolved, start, tokens_per_second, train
-from perennial.train.session import check_memory
 from tests.foreign import CONTEXT, made, stored
 
 transformers = pytest.importorskip("transformers")

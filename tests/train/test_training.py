@@ -367,7 +367,6 @@ def test_the_last_save_is_tried_again_for_a_while(
 
     pauses: list[float] = []
     monkeypatch.setattr(checkpoint, "save", full)
-    monkeypatch.setattr("perennial.core.patience.time.sleep", pauses.append)
     monkeypatch.setattr(Patience.__init__, "__defaults__", (say_nothing, pauses.append))
     monkeypatch.setenv("PERENNIAL_PATIENCE", "1 min")
     assert start(parse_recipe(workspace.recipe()), run, base=Path(), quiet=True)["complete"]

@@ -1,0 +1,220 @@
+"""The part of a text that a model finds likeliest, or neither likely nor unlikely. Behind `perennial select`.
+
+Formula: documents are put in order by their mean loss in nats per token under the checkpoint; the lowest, the middle or
+    the highest are kept until they hold the share of tokens that was asked for.
+Source: Guo et al. 2024, "Efficient Continual Pre-training by Mitigating the Stability Gap", arXiv 2406.14833, section
+    4 (the part of lowest perplexity). Differs: they rank by a small n-gram model of reference text of the domain; here
+    it is the model that will be trained, so that low means near to what it knows.
+Limits: repetitive text is likely too; deduplicate before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from perennial.core import files
+from perennial.core import lineage as lineages
+from perennial.core.amounts import Amount, human, parse
+from perennial.core.environment import tune_process
+from perennial.core.errors import UserError
+from perennial.core.progress import Progress
+from perennial.data.corpus import Corpus
+from perennial.data.documents import Fields, is_blank
+from perennial.data.readers.base import Reader
+from perennial.data.sources import AUTO, documents, survey
+from perennial.data.tokenizers.extend import decoded
+from perennial.data.tokenizers.folder import TokenizerFolder
+from perennial.data.tokenizers.vocabulary import Cutter
+from perennial.model.foreign import check_vocabulary, row_limit
+from perennial.train.checkpoint import load_weights
+from perennial.train.document_loss import document_losses
+from perennial.train.given_data import is_prepared
+from perennial.train.measuring import open_for
+from perennial.train.origin import MAX_ROW_TOKENS
+from perennial.train.precision import autocast, native_precision
+
+Which = Literal["lowest", "middle", "highest"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A document, and what of it the model did not expect."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, Any]
+
+
+def select(
+    source: Path,
+    by: Path,
+    out: Path,
+    *,
+    keep: str = "20%",
+    which: Which = "lowest",
+    text_field: str = "text",
+    reader: Reader | str = AUTO,
+    sequence_length: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Writes the kept documents of a text or prepared corpus (its training part) to `out`, .jsonl with their losses.
+
+    by: the checkpoint, or run folder, whose losses decide; keep: a share of the tokens, or '5M tokens'. Returns
+    {'out', 'documents', 'kept', 'tokens', 'kept_tokens', 'nats_per_token', 'kept_nats_per_token', 'highest'}.
+    """
+    tune_process()
+    amount = _amount(keep)
+    if which not in ("lowest", "middle", "highest"):
+        raise UserError(f"--which {which!r}: choose lowest, middle or highest")
+    if out.exists() or out.suffix != ".jsonl":
+        why = "exists already; give another name, or delete it" if out.exists() else "its name must end in .jsonl"
+        raise UserError(f"--out {out}: {why}")
+    checkpoint = lineages.newest_checkpoint(by)
+    if is_prepared(source):
+        open_for(checkpoint, {"corpus": source})
+    elif not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    model = load_weights(checkpoint, device).eval()
+    tokenizer = TokenizerFolder.open(checkpoint)
+    check_vocabulary(model.config, tokenizer.vocabulary_size, "the same folder", str(checkpoint))
+    length = sequence_length or _row_length(checkpoint, model.config, device)
+    nats: list[float] = []
+    counts: list[int] = []
+    size, unit = _size(source, reader)
+    with Progress("select", total=size, unit=unit, quiet=quiet) as line, autocast(native_precision(device), device):
+        ids = _ids(source, checkpoint, text_field, reader, line, size)
+        for loss, count in document_losses(
+            model, ids, length=length, separator_id=tokenizer.separator_id, device=device
+        ):
+            nats.append(loss)
+            counts.append(count)
+    losses, sizes = np.array(nats), np.array(counts)
+    if not len(sizes):
+        raise UserError(f"{source}: has no documents to choose from")
+    means = losses / np.maximum(1, sizes)
+    chosen = choose(means, sizes, amount.of(float(sizes.sum())), which)
+    _write(out, _documents(source, text_field, reader), chosen, means, sizes)
+    return {
+        "out": str(out),
+        "documents": len(sizes),
+        "kept": int(chosen.sum()),
+        "tokens": int(sizes.sum()),
+        "kept_tokens": int(sizes[chosen].sum()),
+        "nats_per_token": float(losses.sum() / sizes.sum()),
+        "kept_nats_per_token": float(losses[chosen].sum() / sizes[chosen].sum()),
+        "highest": float(means[chosen].max()),
+    }
+
+
+def choose(
+    means: NDArray[np.float64], sizes: NDArray[np.int64], tokens: float, which: Which = "lowest"
+) -> NDArray[np.bool_]:
+    """Which documents to keep for about so many tokens: by mean loss from one end, or outwards from the middle."""
+    order = np.argsort(means, kind="stable")
+    if which == "highest":
+        order = order[::-1]
+    elif which == "middle":
+        places = (np.cumsum(sizes[order]) - sizes[order] / 2) / max(1, sizes.sum())
+        order = order[np.argsort(np.abs(places - 0.5), kind="stable")]
+    before = np.cumsum(sizes[order]) - sizes[order]
+    kept = np.zeros(len(sizes), bool)
+    kept[order[before + sizes[order] / 2 <= tokens]] = True
+    kept[order[0]] = True
+    return kept
+
+
+def _amount(keep: str) -> Amount:
+    try:
+        amount = parse(keep, ("share", "tokens"))
+    except ValueError as error:
+        raise UserError(f"--keep: {error}") from None
+    if amount.value == 0 or (amount.unit == "share" and amount.value > 1):
+        raise UserError(f"--keep {keep}: must be above 0 and at most 100%")
+    return amount
+
+
+def _row_length(checkpoint: Path, config: Any, device: torch.device) -> int:
+    """The rows that the checkpoint was last trained with, or as long as its continuation would take."""
+    stages = lineages.read(checkpoint).stages if lineages.has_lineage(checkpoint) else []
+    return stages[-1].sequence_length if stages else min(row_limit(config), MAX_ROW_TOKENS[device.type])
+
+
+def _documents(source: Path, text_field: str, reader: Reader | str) -> Iterator[tuple[Kept, float]]:
+    """The documents, in order, each with the share that has been read."""
+    if is_prepared(source):
+        corpus = Corpus.open(source)
+        for (text, share), facts in zip(decoded(corpus, corpus.train), corpus.train.documents(), strict=True):
+            yield Kept(str(facts.get("id", "")), text, facts.get("metadata", {})), share
+        return
+    inputs = survey([source], reader)
+    total = sum(one.num_bytes for one in inputs)
+    for document, place in documents(inputs, Fields(text_field)):
+        if not is_blank(document.text):
+            share = (place.done_bytes + place.position.consumed) / max(1, total)
+            yield Kept(document.id, document.text, document.metadata), min(1.0, share)
+
+
+def _size(source: Path, reader: Reader | str) -> tuple[float, str]:
+    """How much there is to read, and in what unit."""
+    if is_prepared(source):
+        return float(Corpus.open(source).train.num_tokens), "tokens"
+    return float(sum(one.num_bytes for one in survey([source], reader))), "bytes"
+
+
+def _ids(
+    source: Path, checkpoint: Path, text_field: str, reader: Reader | str, line: Progress, size: float
+) -> Iterator[Any]:
+    """The ids of each document."""
+    cutter = Cutter.of(checkpoint)
+    for document, share in _documents(source, text_field, reader):
+        line.update(share * size)
+        yield np.array(cutter.tokenizer.encode(document.text, add_special_tokens=False).ids, np.int64)
+
+
+def _write(
+    out: Path,
+    found: Iterator[tuple[Kept, float]],
+    chosen: NDArray[np.bool_],
+    means: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+) -> None:
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            for number, (document, _) in enumerate(found):
+                if chosen[number]:
+                    row = {"id": document.id, "text": document.text, **document.metadata}
+                    row |= {"nats_per_token": round(float(means[number]), 5)}
+                    row |= {"bits_per_byte": _bits(means[number] * sizes[number], document.text)}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        files.sync(temporary)
+        os.replace(temporary, out)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise files.explain(error, out) from error
+
+
+def _bits(nats: float, text: str) -> float:
+    return round(float(nats) / math.log(2) / max(1, len(text.encode())), 5)
+
+
+def to_text(result: Mapping[str, Any]) -> str:
+    """What was kept, for a person."""
+    return (
+        f"{result['out']}: {result['kept']} of {result['documents']} documents, "
+        f"{human(result['kept_tokens'], 'tokens')} of {human(result['tokens'])}\n"
+        f"loss {result['kept_nats_per_token']:.4f} nats per token on what is kept, "
+        f"{result['nats_per_token']:.4f} on all; the highest of a kept document is {result['highest']:.4f}"
+    )
