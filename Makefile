@@ -15,6 +15,9 @@ TORCH_INDEX ?=
 # More arguments: make demo ARGS="--minutes 3", make test ARGS="-k schedules"
 ARGS ?=
 
+# Test files run side by side in this many processes.
+WORKERS ?= 2
+
 # Threads that wait sleep instead of spinning, so that two jobs can share a machine. Read when torch is loaded.
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -41,7 +44,7 @@ demo: $(STAMP) ## The main job on text every machine has, about 6 minutes: ends 
 	@$(BIN)/perennial demo $(ARGS)
 
 test: $(STAMP) ## The test suite: two CPU cores, no network
-	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## The tests that `make test` leaves out
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)

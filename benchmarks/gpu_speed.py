@@ -248,7 +248,7 @@ def measure_perennial(job: Job, contender: Contender, folder: Path) -> dict[str,
     import torch
 
     from perennial.core import records
-    from perennial.train import session
+    from perennial.train import saver, session
     from perennial.train.recipe import parse_recipe
     from perennial.train.run import start
 
@@ -260,7 +260,7 @@ def measure_perennial(job: Job, contender: Contender, folder: Path) -> dict[str,
             first(model, policy)
 
         session.checkpoint_layers = with_float8
-    session.Session.save = lambda self, **how: None  # type: ignore[method-assign]
+    saver.Saver.save = lambda self, **how: None  # type: ignore[method-assign]
     batch = {"sequences": job.sequences, "sequence_length": job.length, "micro_batch": job.rows}
     stage = {
         "name": "speed",

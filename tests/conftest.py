@@ -16,7 +16,7 @@ from .workspace import workspace as workspace
 
 # Read when the libraries are loaded, also by the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("PERENNIAL_PATIENCE", "0 s")  # what fails in a test does not come right by waiting
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def run_of(recipe: Recipe, base: Path, args: argparse.Namespace) -> Run:
     """What of a recipe decides about memory, on the machine that the options describe."""
+    from perennial.core import plugins
     from perennial.plan.memory import Run, gpu_bytes, limit_of_machine, parse_bytes, precision_of_machine
 
     device: Literal["cpu", "cuda"] = args.device or ("cuda" if gpu_bytes() else "cpu")
@@ -22,9 +23,10 @@ def run_of(recipe: Recipe, base: Path, args: argparse.Namespace) -> Run:
         if args.memory_limit
         else limit_of_machine(device, args.per_machine or args.processes)
     )
+    config = _config(recipe, base)
     return Run(
-        config=_config(recipe, base),
-        stages=tuple(_stage(recipe, stage, base) for stage in recipe.stages),
+        config=config,
+        stages=tuple(_stage(recipe, stage, base, config) for stage in recipe.stages),
         sequences=recipe.batch.sequences,
         sequence_length=recipe.batch.sequence_length,
         micro_batch=recipe.batch.micro_batch,
@@ -35,6 +37,7 @@ def run_of(recipe: Recipe, base: Path, args: argparse.Namespace) -> Run:
         shard=recipe.parallel.shard,
         shard_size=recipe.parallel.shard_size,
         tensor=recipe.parallel.tensor,
+        communication_bytes=plugins.build("communications", recipe.communication)[0].state_bytes_per_parameter,
         processes=args.processes,
         per_machine=args.per_machine,
         limit_bytes=limit,
@@ -73,17 +76,26 @@ def _config(recipe: Recipe, base: Path) -> AnyConfig:
     return config
 
 
-def _stage(recipe: Recipe, stage: StageSettings, base: Path) -> Stage:
-    """A stage's optimizer, the objective's chunk and the rows that are all it trains."""
+def _stage(recipe: Recipe, stage: StageSettings, base: Path, config: AnyConfig) -> Stage:
+    """A stage's optimizer, the objective's chunk, the rows that are all it trains and the other models it reads."""
     from perennial.core import plugins
+    from perennial.core.lineage import newest_checkpoint
+    from perennial.model.folder_config import load_config
+    from perennial.model.foreign import num_parameters
     from perennial.plan.memory import Stage
 
     objective = plugins.build("objectives", stage.objective)[0]
+    pull = plugins.build("pulls", stage.pull)[0] if stage.pull is not None else None
+    names = {*objective.checkpoints(), *(["parent"] if pull else [])}
+    folders = [newest_checkpoint((base / name).resolve()) for name in names - {"parent"}]
+    others = [*(load_config(folder) for folder in folders), *([config] if "parent" in names else [])]
     return Stage(
         name=stage.name,
         optimizer=plugins.build("optimizers", stage.optimizer)[0],
         chunk_tokens=getattr(objective, "chunk_tokens", None),
         new_rows=_new_rows(recipe, base) if stage.train == "new_rows" else None,
+        other_parameters=sum(map(num_parameters, [*others, *([config] if pull and pull.mixture else [])])),
+        teachers=len(objective.checkpoints()),
     )
 
 

@@ -69,6 +69,9 @@ class Communication(Settings, ABC):
     trains_apart: ClassVar[bool]
     """True: workers make updates from their own rows; False: gradients are summed over the workers on every update."""
 
+    state_bytes_per_parameter: ClassVar[int] = 0
+    """What a process holds from round to round for each parameter of its part of the model."""
+
     @abstractmethod
     def start(self, parameters: Mapping[str, torch.nn.Parameter], workers: Workers) -> Rounds:
         """The communication of a run about to begin, in which all workers hold these parameters with equal values."""

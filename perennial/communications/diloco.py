@@ -40,6 +40,7 @@ class DiLoCo(Communication):
     ]
 
     trains_apart: ClassVar[bool] = True
+    state_bytes_per_parameter: ClassVar[int] = 8  # w and b in fp32
 
     inner_updates: int = Field(default=30, ge=1)
     """Updates of a round (H), which each worker makes from its own rows."""

@@ -21,7 +21,7 @@ what torch.compile saves is not counted; figures for a GPU follow the same lists
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
@@ -31,6 +31,7 @@ from perennial.model.blocks import BLOCK, keeps_weights, num_scores
 from perennial.model.config import ModelConfig
 from perennial.model.cost import num_parameters as native_parameters
 from perennial.model.foreign import AnyConfig, TransformersConfig, num_parameters
+from perennial.model.roles import ROLES
 
 Precision = Literal["fp32", "bf16"]
 """'fp32', or 'bf16': autocast over fp32 weights."""
@@ -43,13 +44,13 @@ CPU_PROCESS_BYTES = 340 << 20
 """Resident set of a process that has loaded the interpreter, torch and an optimizer, before there is a model."""
 GPU_PROCESS_BYTES = 600 << 20
 """Taken on the GPU by CUDA itself: context, kernels, the matrix library's workspace. Assumption: to be measured."""
-UNUSABLE_SHARE = {"fp32": 0.50, "bf16": 0.48, "several": 1.0, "selective": 0.30, "full": 1.65, "spread": 1.0}
+UNUSABLE_SHARE = {"fp32": 0.47, "bf16": 0.57, "selective": 0.45, "full": 1.05, "spread": 0.45}
 """Freed memory that glibc's allocator holds at the fullest moment, as a share of what an update takes and gives back:
-with one micro-batch, by precision; with several; and so much more with activation checkpointing or a sharded model.
-Aligned blocks are cut out of larger ones, so that a freed block is a little too small for the next tensor of its size;
-gradients, gathered layers and layers that are computed again lie between the others."""
-EVALUATION_TOKENS = 8192
-"""Tokens of an evaluation's batch (`evals.loss`)."""
+by precision, and so much more with activation checkpointing or a sharded model. Aligned blocks are cut out of larger
+ones, so that a freed block is a little too small for the next tensor of its size; gathered layers and layers that are
+computed again lie between the others."""
+_EVALUATION_TOKENS = (1024, 8192)
+"""Least and most tokens of an evaluation's batch while a run trains."""
 
 
 ALONE = Layout()
@@ -75,6 +76,13 @@ class Training:
     checkpointing: Checkpointing = "none"
     new_rows: int | None = None
     """Rows of the tables that are all that is trained; None: the whole model is."""
+    other_parameters: int = 0
+    """Numbers in fp32 of models that are read and not trained (teachers, the parent that a pull draws to), and of the
+    importance that a pull gives each weight."""
+    teachers: int = 0
+    """Models whose predictions are learned from; taken to be as wide as the one that is trained."""
+    communication_bytes: int = 0
+    """Bytes per parameter that are kept from round to round of a communication, such as DiLoCo's (8)."""
     layout: Layout = ALONE
     evaluates: bool = True
     """Whether validation losses are measured between updates."""
@@ -93,6 +101,8 @@ class Memory:
     gradients: int = 0
     """Those that exist at this moment."""
     optimizer: int = 0
+    other_models: int = 0
+    """Models that are read and not trained, whole, and what a pull weighs by."""
     weight_copies: int = 0
     """Copies of the matrices in bf16, which autocast makes and the backward pass needs."""
     activations: int = 0
@@ -101,6 +111,8 @@ class Memory:
     """Gradients of activations, and what the layer at work needs for itself."""
     loss: int = 0
     """Hidden states, their gradient, the head's gradient and the chunk of logits that exists at once."""
+    rounds: int = 0
+    """What workers that train apart keep from one exchange to the next."""
     communication: int = 0
     """Gathered layers and what is sent and received."""
     data: int = 0
@@ -291,6 +303,12 @@ def state_by_kind(config: AnyConfig, training: Training) -> tuple[int, int, int]
     return _FP32 * sum(counts.values()), _FP32 * gradients, round(state)
 
 
+def optimizer_bytes(config: AnyConfig, state_bytes_per_parameter: Callable[[str], float]) -> dict[str, float]:
+    """Bytes of optimizer state per parameter by role, as an optimizer's method of that name tells them."""
+    roles = ROLES if isinstance(config, ModelConfig) else config.parameters_by_role
+    return {role: state_bytes_per_parameter(role) for role in roles}
+
+
 def _local_counts(config: AnyConfig, layout: Layout) -> dict[str, int]:
     """Parameters of each role that one process holds."""
     if isinstance(config, TransformersConfig):
@@ -339,7 +357,9 @@ def estimate(config: AnyConfig, training: Training, *, process_bytes: int | None
     # transformers attends through torch's fused kernel on a CPU too, which keeps what it keeps on a GPU
     counted = training if is_native else replace(training, device="cuda")
     weights, gradients, optimizer = state_by_kind(config, training)
-    held = {"parameters": weights, "optimizer": optimizer}
+    rounds = weights // _FP32 * training.communication_bytes
+    others = _FP32 * training.other_parameters
+    held = {"parameters": weights, "optimizer": optimizer, "other_models": others, "rounds": rounds}
     moments = _moments(shape, counted, gradients, is_native=is_native)
     fullest = max((Memory(moment, **held, **parts) for moment, parts in moments.items()), key=lambda m: m.total)
     return _with_process(fullest, training, process_bytes)
@@ -350,8 +370,8 @@ def _with_process(memory: Memory, training: Training, process_bytes: int | None)
     if training.device == "cuda":
         process = GPU_PROCESS_BYTES if process_bytes is None else process_bytes
         return replace(memory, data=2 * 2 * _INT64 * tokens, process=process)
-    passing = memory.total - memory.parameters - memory.optimizer
-    share = UNUSABLE_SHARE[training.precision if training.micro_batches == 1 else "several"]
+    passing = memory.total - memory.parameters - memory.optimizer - memory.other_models - memory.rounds
+    share = UNUSABLE_SHARE[training.precision]
     share += UNUSABLE_SHARE.get(training.checkpointing, 0.0)
     share += UNUSABLE_SHARE["spread"] if training.layout.is_spread else 0.0
     return replace(
@@ -378,7 +398,7 @@ def _moments(config: ModelConfig, training: Training, gradients: int, *, is_nati
     if training.checkpointing != "none":  # autocast's copies go with the forward pass, each layer makes its own again
         in_backward = {**kept, "weight_copies": kept["weight_copies"] // config.layers}
     before = gradients if training.micro_batches > 1 or training.layout.replicas > 1 else 0
-    sent = _communication(config, training, gradients)
+    sent = _communication(config, training)
     working = stream + _layer_working(config, training)
     # The head's gradient; where the embedding is the head, it waits until the embedding's is there.
     waiting = table if config.tied_embeddings or not before else 0
@@ -432,7 +452,8 @@ def _loss_bytes(config: ModelConfig, training: Training) -> int:
     """Gradients of hidden states and head, and what `objectives.next_token` needs for one chunk of tokens.
 
     A chunk's logits in fp32, in whose place their softmax comes; in bf16 also the product itself, a copy of the head,
-    and the chunk's part of the head's gradient, first as it was multiplied and then in fp32.
+    and the chunk's part of the head's gradient, first as it was multiplied and then in fp32. Of each teacher its hidden
+    states and a chunk of logits.
     """
     D, _, _, _, N = _sizes(config, training)
     c = _BF16 if training.precision == "bf16" else _FP32
@@ -440,7 +461,7 @@ def _loss_bytes(config: ModelConfig, training: Training) -> int:
     needed = c * N * D + _FP32 * table + chunk * (_FP32 * config.vocabulary_size + 2 * c * D)
     if training.precision == "bf16":
         needed += 2 * _BF16 * table + _FP32 * table + _BF16 * chunk * config.vocabulary_size
-    return needed
+    return needed + training.teachers * (c * N * D + chunk * _FP32 * config.vocabulary_size)
 
 
 def _layer_working(config: ModelConfig, training: Training) -> int:
@@ -469,10 +490,16 @@ def _layer_working(config: ModelConfig, training: Training) -> int:
     return again + max(feed_forward, attention)
 
 
+def evaluation_tokens(training_tokens: int) -> int:
+    """Tokens of an evaluation's batch: as many as a training micro-batch has, so that it needs no more memory."""
+    least, most = _EVALUATION_TOKENS
+    return min(most, max(least, training_tokens))
+
+
 def _evaluation(config: ModelConfig, training: Training, gradients: int) -> dict[str, int]:
     """An evaluation's forward pass, which keeps nothing; the gradients of the last update are still there."""
     T, V = training.sequence_length, config.vocabulary_size
-    there = replace(training, rows=max(1, EVALUATION_TOKENS // T))
+    there = replace(training, rows=max(1, evaluation_tokens(training.rows * T) // T))
     D, F, Q, S, N = _sizes(config, there)
     c = _BF16 if training.precision == "bf16" else _FP32
     attention = c * N * (2 * Q + 4 * S)
@@ -486,7 +513,7 @@ def _evaluation(config: ModelConfig, training: Training, gradients: int) -> dict
     parts = {
         "gradients": gradients,
         "weight_copies": weight_copy_bytes(config, training),
-        "communication": _communication(config, training, 0).first_layer,
+        "communication": _communication(config, training).first_layer,
     }
     return {**parts, "working": layer} if layer > loss else {**parts, "loss": loss}
 
@@ -501,18 +528,16 @@ class _Communication:
     layers: int
 
 
-def _communication(config: ModelConfig, training: Training, gradients: int) -> _Communication:
+def _communication(config: ModelConfig, training: Training) -> _Communication:
     """What DDP and FSDP2 hold beside a process's own part of weights and gradients.
 
     FSDP2: embedding and head, gathered from the forward to the end of the backward pass, with several micro-batches
     twice; the layer at work and the one that arrives; in the backward pass a layer's gradients and the buffer that
-    they are sent from. DDP's gradients lie in the buckets that it sends, but with several micro-batches those of all
-    but the last are beside them.
+    they are sent from. DDP's gradients lie in the buckets that it sends, over several micro-batches too.
     """
     layout = training.layout
     if not layout.is_spread:
-        buckets = gradients if layout.replicas > 1 and training.micro_batches > 1 else 0
-        return _Communication(buckets, buckets, buckets)
+        return _Communication(0, 0, 0)
     counts = _local_counts(config, Layout(tensor=layout.tensor))
     tables = counts["embedding"] + counts.get("head", 0)
     c = _BF16 if training.precision == "bf16" and layout.shards > 1 else _FP32

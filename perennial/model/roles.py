@@ -7,6 +7,8 @@ other two-dimensional weight.
 
 from __future__ import annotations
 
+ROLES = ("embedding", "head", "matrix", "norm", "bias")
+
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

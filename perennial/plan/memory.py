@@ -27,11 +27,10 @@ from perennial.model.memory import (
     Training,
     copies_while_saving,
     estimate,
+    optimizer_bytes,
     state_by_kind,
 )
-
-CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
-"""Tokens whose logits exist at once where the recipe leaves it to the objective (`objectives.next_token`)."""
+from perennial.objectives.next_token import default_chunk
 
 GPUS_PER_MACHINE = 8
 """Assumption where nobody says how many processes run on one machine."""
@@ -40,10 +39,12 @@ _WHERE_FROM = {
     "parameters": "4 bytes each, fp32",
     "gradients": "4 bytes each, those that exist at this moment",
     "optimizer": "what the optimizer declares per parameter of each role",
+    "other_models": "teachers, the parent that a pull draws to, what it weighs by: 4 bytes each",
     "weight_copies": "the layers' matrices once more in bf16 (autocast)",
     "activations": "kept for the backward pass: listed per layer in docs/memory.md",
     "working": "gradients of activations and what the layer at work needs",
     "loss": "hidden states, their gradient, the head's gradient, one chunk of logits",
+    "rounds": "what a communication keeps from one exchange to the next",
     "communication": "gathered layers, embedding and head; buffers to send from",
     "data": "ids of the batch and its targets",
     "saving": "a copy of weights and moments while a checkpoint is written",
@@ -62,6 +63,10 @@ class Stage:
     """The optimizer component: it says how many bytes of state each role has."""
     chunk_tokens: int | None
     new_rows: int | None
+    other_parameters: int = 0
+    """Numbers of models that are read and not trained, and of a pull's importance."""
+    teachers: int = 0
+    """Models whose predictions are learned from."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Run:
     shard: str = "auto"
     shard_size: int | None = None
     tensor: int = 1
+    communication_bytes: int = 0
+    """Bytes per parameter that the communication keeps."""
     processes: int = 1
     per_machine: int | None = None
     limit_bytes: float | None = None
@@ -195,23 +202,22 @@ def micro_batch_of(run: Run, layout: Layout) -> int:
 
 def _training(run: Run, layout: Layout, stage: Stage) -> Training:
     rows = micro_batch_of(run, layout)
-    roles = run.config.parameters_by_role if not isinstance(run.config, ModelConfig) else _NATIVE_ROLES
     return Training(
         rows=rows,
         sequence_length=run.sequence_length,
         micro_batches=-(-_rows_of_a_process(run, layout) // rows),
         precision=run.precision,
         device=run.device,
-        optimizer_bytes={role: stage.optimizer.state_bytes_per_parameter(role) for role in roles},
-        chunk_tokens=stage.chunk_tokens or CHUNK_TOKENS[run.device],
+        optimizer_bytes=optimizer_bytes(run.config, stage.optimizer.state_bytes_per_parameter),
+        chunk_tokens=stage.chunk_tokens or default_chunk(run.device),
         document_mask=run.document_mask,
         checkpointing=run.checkpointing,
         new_rows=stage.new_rows,
+        communication_bytes=run.communication_bytes,
+        other_parameters=stage.other_parameters,
+        teachers=stage.teachers,
         layout=layout,
     )
-
-
-_NATIVE_ROLES = ("embedding", "head", "matrix", "norm", "bias")
 
 
 def _memory(run: Run, layout: Layout, stage: Stage) -> Memory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ class Frame:
     x_label: str
     y_label: str
     x_unit: str
-    """'tokens' or 'flops': how the ticks are written."""
+    """'tokens', 'flops' or 'nats': how the ticks are written."""
     log_x: bool = False
     from_zero: bool = False
     """Whether the vertical axis starts at 0."""
@@ -205,7 +205,8 @@ def _label_ticks(axes: Axes, frame: Frame) -> None:
         horizontal.set_minor_formatter(NullFormatter())
     else:
         horizontal.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    write = human if frame.x_unit == "tokens" else power_of_ten
+    writers: dict[str, Callable[[float], str]] = {"tokens": human, "flops": power_of_ten, "nats": "{:.6g}".format}
+    write = writers[frame.x_unit]
     horizontal.set_major_formatter(FuncFormatter(lambda number, _: write(number)))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.6g}"))

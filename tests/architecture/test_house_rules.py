@@ -15,7 +15,7 @@ from perennial.core import plugins
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "perennial"
-NEEDS_SOURCE = ("schedules", "optimizers", "communications", "objectives", "laws", "operators")
+NEEDS_SOURCE = ("schedules", "optimizers", "communications", "pulls", "objectives", "laws", "operators")
 
 
 def parsed() -> dict[Path, ast.Module]:
@@ -158,29 +158,27 @@ def test_source_is_ascii() -> None:
     assert not wrong, ", ".join(wrong)
 
 
-# README
+# What is where
 
 
-def expected_tree() -> str:
-    """The tree in the README: every folder and file of the package with the first line of its docstring."""
+def expected_tree(*, files: bool) -> str:
+    """Every folder of the package, or every file too, with the first line of its docstring."""
     lines = []
     for path, tree in parsed().items():
         if path.name == "__init__.py":
             lines.append((path.parent.relative_to(ROOT).as_posix() + "/", first_line(tree)))
-        else:
+        elif files:
             lines.append((path.relative_to(ROOT).as_posix(), first_line(tree)))
     lines.sort()
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
-def test_readme_tree_is_the_docstrings() -> None:
+@pytest.mark.parametrize(("page", "files"), [("README.md", False), ("docs/modules.md", True)])
+def test_the_trees_are_the_docstrings(page: str, files: bool) -> None:
     """Between the markers <!-- tree --> and <!-- /tree -->, in a code block."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if "<!-- tree -->" not in text:
-        pytest.skip("the README has no tree yet")
+    text = (ROOT / page).read_text(encoding="utf-8")
     found = text.split("<!-- tree -->")[1].split("<!-- /tree -->")[0].replace("```text", "").replace("```", "").strip()
     normal = [" ".join(line.split()) for line in found.splitlines()]
-    wanted = [" ".join(line.split()) for line in expected_tree().splitlines()]
-    assert normal == wanted, f"put this between the markers:\n\n{expected_tree()}\n"
+    wanted = [" ".join(line.split()) for line in expected_tree(files=files).splitlines()]
+    assert normal == wanted, f"put this between the markers of {page}:\n\n{expected_tree(files=files)}\n"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "perennial"
 LAYERS = [
     {"core"},
-    {"data", "model", "schedules", "optimizers", "communications", "scaling"},
+    {"data", "model", "schedules", "optimizers", "communications", "pulls", "scaling"},
     {"objectives", "surgery", "evals"},
     {"train", "plan"},
     {"bench"},
@@ -24,7 +24,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 WITHOUT_TORCH = (
-    *("core", "data", "schedules", "optimizers", "communications", "objectives", "scaling"),
+    *("core", "data", "schedules", "optimizers", "communications", "pulls", "objectives", "scaling"),
     *("plan", "bench", "report", "cli"),
 )
 WITHOUT_TORCH_TOO = ("model/config.py", "model/cost.py", "model/presets.py", "model/roles.py", "train/recipe.py")

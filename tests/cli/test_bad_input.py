@@ -226,7 +226,7 @@ batch: {{sequences: 8, sequence_lenght: 32}}
                 "line 3: model.options.widht: unknown setting 'widht'. Did you mean 'width'?",
                 "line 8: stages.0.budget: an amount with a unit is needed, such as '2B tokens'",
                 "line 9: stages.0.mixture.odl: no corpus 'odl' under 'corpora'. Did you mean 'old'?",
-                "line 10: stages.0.schedule.name: no schedules component 'cosin'; there are: constant, cosine,",
+                "line 10: stages.0.schedule.name: no schedules component 'cosin'; there are: anneal, constant, cosine,",
                 "line 11: batch.sequence_lenght: unknown setting 'sequence_lenght'. Did you mean 'sequence_length'?",
             ],
             strict=True,
@@ -295,9 +295,9 @@ def test_recipes_that_cannot_be_run(
     workspace: Workspace, refused: Refused, tmp_path: Path, changes: dict[str, Any], words: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from perennial.train import session
+    from perennial.train import limits
 
-    monkeypatch.setattr(session, "machine_memory_bytes", lambda: {"total": 8 << 30, "available": 1 << 30})
+    monkeypatch.setattr(limits, "machine_memory_bytes", lambda: {"total": 8 << 30, "available": 1 << 30})
     recipe_file(workspace, tmp_path, **changes)
     error = refused("train", "recipe.yaml", "--out", "runs/run")
     assert all(word in error for word in words), error

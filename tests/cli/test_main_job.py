@@ -114,7 +114,7 @@ def test_its_continuation(job: Job) -> None:
     derived, continued = job.said["derived"], job.said["update"]
     assert derived.keys() == {"recipe", "reasons", "resolved"}
     assert job.said["left by the dry run"] == ["base"]
-    assert continued.keys() == {"recipe", "reasons", "result"}
+    assert continued.keys() == {"recipe", "reasons", "result", "doubts"}
     assert continued["recipe"] == derived["recipe"]
     assert any(reason.startswith("replay") for reason in continued["reasons"])
     result = continued["result"]

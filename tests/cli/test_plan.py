@@ -156,9 +156,9 @@ def test_wrong_input(
     assert words in capsys.readouterr().err
 
 
-def test_only_memory_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_needs_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(written(tmp_path))]) == 2
-    assert "this version plans memory only; say --memory" in capsys.readouterr().err
+    assert "a recipe is planned with --memory" in capsys.readouterr().err
 
 
 def test_without_torch(tmp_path: Path) -> None:

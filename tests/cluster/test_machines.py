@@ -70,9 +70,11 @@ class Machines:
             process.terminate()
         for process in self._processes:
             process.wait(timeout=20)
+        # The links first: those of a deleted namespace go some time later, and the next test needs their names.
+        for device in (*(f"{self.bridge}v{number}" for number in range(len(self.names))), self.bridge):
+            subprocess.run(["ip", "link", "del", device], check=False, capture_output=True)
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-        subprocess.run(["ip", "link", "del", self.bridge], check=False, capture_output=True)
 
 
 def ip(*arguments: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,13 +12,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from perennial.core import plugins
-from perennial.evals.loss import evaluate
 from perennial.model import memory
 from perennial.model.layerwise import checkpoint_layers
 from perennial.model.memory import Training
 from perennial.model.transformer import Transformer
 from perennial.objectives.next_token import NextToken
-from perennial.plan.memory import CHUNK_TOKENS
 from perennial.train import saving
 from perennial.train.feeding import TorchBatch
 from perennial.train.new_rows import NewRows
@@ -177,6 +174,3 @@ def test_checkpointing_keeps_less() -> None:
 def test_constants_that_belong_to_others() -> None:
     assert memory.COPIED_FROM_BYTES == saving.LARGE_BYTES
     assert memory.COPY_SHARE == saving.SPARE_SHARE
-    assert inspect.signature(evaluate).parameters["batch_tokens"].default == memory.EVALUATION_TOKENS
-    assert NextToken()._chunk(torch.zeros(1)) == CHUNK_TOKENS["cpu"]
-    assert NextToken()._chunk(torch.zeros(1, device="meta")) == CHUNK_TOKENS["cuda"]

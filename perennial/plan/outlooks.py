@@ -1,0 +1,80 @@
+"""What to expect of a choice: losses by the laws of own runs where these reach, else by what was published."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from perennial.plan import published
+from perennial.plan.calibration import FARTHEST, OwnLaws, PeakAdvice
+from perennial.plan.parts import Facts, NewModel, Outlook
+from perennial.plan.transfer import Estimate, RunLaw, RunRow
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Laws and what they may be asked."""
+
+    facts: Facts
+    laws: OwnLaws
+    old_before: float | None
+    kind: str
+    """Of shift: 'weak', 'strong' or 'unknown'."""
+    peak: PeakAdvice | None
+    new_model: NewModel | None = None
+    noise_batch: float | None = None
+    """Gradient noise scale in tokens, where it was measured."""
+
+    def own(self, law: RunLaw | None, row: RunRow) -> bool:
+        """Whether a law of own runs reaches this far."""
+        return law is not None and law.times_outside(row) <= FARTHEST
+
+
+def best_share(known: Knowledge, tokens: float, has_old: bool) -> float | None:
+    """The share of the lowest mean of old and new loss by own runs; None leaves it to `continue`."""
+    if not has_old:
+        return 0.0
+    most = most_replay(known.facts, tokens)
+    outlooks = [outlook(known, share, tokens) for share in published.SHARES if share <= most]
+    averages = {o.share: o.average for o in outlooks if o.average is not None}
+    return min(averages, key=lambda s: averages[s]) if len(averages) == len(outlooks) else None
+
+
+def most_replay(facts: Facts, tokens: float) -> float:
+    """The share of old text at which what can be replayed is read as often as comes free, rounded down."""
+    share = published.FREE_EPOCHS * facts.replayable_tokens / tokens
+    return min(1.0, math.floor(1e3 * share) / 1e3)
+
+
+def row_of(known: Knowledge, share: float, tokens: float) -> RunRow:
+    """A choice as the laws of own runs take it."""
+    facts = known.facts
+    before = math.nan if known.old_before is None else known.old_before
+    return RunRow(facts.flops_per_token, tokens, share, facts.parent_tokens, before)
+
+
+def outlook(known: Knowledge, share: float, tokens: float) -> Outlook:
+    """What to expect of a share of old text and a number of tokens."""
+    if known.new_model is not None:
+        return Outlook(0.0, tokens, known.new_model.loss_of(tokens), None)
+    epochs = tokens * (1 - share) / known.facts.fresh_tokens
+    worth = tokens * published.value_of_epochs(epochs) / epochs if epochs > 1 else tokens
+    row = row_of(known, share, worth)
+    peak = known.peak or PeakAdvice(1.0, "")
+    new = (
+        known.laws.new.predict(row).times(peak.new_ratio) if known.laws.new and known.own(known.laws.new, row) else None
+    )
+    new_change = None if new else published.cost_of_replay(share, known.kind)
+    old_row = row_of(known, share, tokens)
+    old, old_change = None, None
+    if known.laws.old and known.old_before is not None and known.own(known.laws.old, old_row):
+        old = known.laws.old.predict(old_row).times(peak.old_ratio)
+    elif known.facts.parent_tokens:
+        old_change = published.forgetting(share, known.kind)
+        if known.old_before is not None:
+            old = _scaled(old_change, known.old_before)
+    return Outlook(share, tokens, new, old, new_change, old_change)
+
+
+def _scaled(change: Estimate, loss: float) -> Estimate:
+    return Estimate(loss * (1 + change.mean), loss * (1 + change.low), loss * (1 + change.high))
