@@ -21,8 +21,8 @@ from perennial.core.files import write_text
 HALVES, YEARS = "halves", "years"
 SLICES = 6
 """Years in a stream."""
-STREAM_VALIDATION = "15%"
-"""Share of a year's documents that is held out: a year has few, and all of them weigh the same."""
+VALIDATION, STREAM_VALIDATION = "5%", "15%"
+"""Shares of the documents that are held out, of a pair and of a stream: a year has few documents."""
 STANDARD = ("novels_en:novels_de", "novels_en:peps", "powershell:peps", "novels_en:halves", "peps:years")
 """The shifts of the reproduction: a strong one, two weak ones, none, and a stream."""
 _EXPECTED = {"novels_en:novels_de": "strong", "novels_en:peps": "weak", "powershell:peps": "weak"}
@@ -74,7 +74,8 @@ class Reading:
     split_by: str | None = None
     """Field that keeps documents together; None: 'title' where the records have one, else each by itself."""
     vocabulary_size: int = 4096
-    validation: str = "5%"
+    validation: str | None = None
+    """Share of the documents that is held out; None: 5%, of the slices of a stream 15%."""
     max_document_bytes: int = 32768
 
 
@@ -145,7 +146,7 @@ def prepare_shift(
                 "text_field": reading.text_field,
                 "metadata_fields": [split_by] if split_by else [],
                 "split_by": split_by,
-                "validation": STREAM_VALIDATION if shift.is_stream else reading.validation,
+                "validation": reading.validation or (STREAM_VALIDATION if shift.is_stream else VALIDATION),
                 "max_document_bytes": reading.max_document_bytes,
                 "against": [str(path) for path in corpora.values()],
             }

@@ -27,6 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-field", default="text", metavar="NAME", help="field with the text (default: text)")
     parser.add_argument("--vocabulary-size", type=int, default=4096, metavar="N", help="default: 4096")
     parser.add_argument("--split-by", metavar="NAME", help="field that keeps documents together (default: title)")
+    parser.add_argument("--validation", metavar="SHARE", help="of the documents (default: 5%%, of a stream's 15%%)")
     parser.add_argument("--minutes", type=float, help="begin no run after so long; the same command goes on later")
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, train nothing")
     parser.add_argument("--work", default="runs/continual", metavar="FOLDER", help="default: runs/continual")
@@ -104,7 +105,7 @@ def _experiment(args: argparse.Namespace) -> Experiment:
         sizes=tuple(args.sizes),
         tokens=tokens,
         peak=args.peak,
-        reading=Reading(args.text_field, args.split_by, args.vocabulary_size),
+        reading=Reading(args.text_field, args.split_by, args.vocabulary_size, args.validation),
         minutes=args.minutes,
         only_list=args.list,
         quiet=args.json,
