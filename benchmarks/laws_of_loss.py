@@ -13,7 +13,7 @@ from benchmarks.law_rows import Row, at_most, data, skipped, within
 from perennial.core import plugins
 from perennial.scaling.allocation import optimal
 from perennial.scaling.choosing import fit_loss_law
-from perennial.scaling.fitting import Fit, fit
+from perennial.scaling.fitting import fit
 from perennial.scaling.laws.base import Law
 from perennial.scaling.objective import Objective
 

@@ -10,7 +10,7 @@ HELP = "plan a run for a budget: recipe, cost and predicted losses; or the memor
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     words = "checkpoint or run folder to continue, or 'none' for a new model; with --memory a recipe or run folder"
-    parser.add_argument("model", metavar="CHECKPOINT", help=words)
+    parser.add_argument("model", nargs="?", metavar="CHECKPOINT", help=words)
     words = "with --memory: change a setting, as in batch.micro_batch=4"
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=words)
     words = "new text: a prepared corpus, or raw text, whose size is estimated"
@@ -50,6 +50,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; exit code 0 whether it fits or not."""
+    from perennial.core.errors import UserError
+
+    if args.model is None:
+        raise UserError("plan: name a checkpoint, 'none' for a new model, or with --memory a recipe")
     if args.memory:
         return _memory(args)
     from perennial.cli._plan import calibrate, check_options, plan_for, write_recipe

@@ -181,6 +181,7 @@ class PeakAdvice:
     new_ratio: float = 1.0
     """New loss at that peak over that at the rule's."""
     old_ratio: float = 1.0
+    """The same of the old loss, at the share of the sweep."""
 
 
 def best_peak(calibration: Calibration) -> PeakAdvice | None:
@@ -208,12 +209,17 @@ def best_peak(calibration: Calibration) -> PeakAdvice | None:
     if gain < NOISE * losses[0]:
         return PeakAdvice(1.0, f"{words}: no better one")
     edge = "; the best may lie beyond" if at in (factors[0], factors[-1]) else ""
-    ratios = {}
-    for side in ("new", "old"):
-        values = [getattr(run, side) for run in tried]
-        fitted = None if None in values else np.polyfit(factors, np.log(values), 2)
-        ratios[side] = 1.0 if fitted is None else float(np.exp(np.polyval(fitted, at) - np.polyval(fitted, 0.0)))
-    return PeakAdvice(float(np.exp(at)), words + edge, ratios["new"], ratios["old"])
+    changes = {side: _change(tried, side, factors, at) for side in ("new", "old")}
+    return PeakAdvice(float(np.exp(at)), words + edge, changes["new"], changes["old"])
+
+
+def _change(tried: Sequence[MeasuredRun], side: str, factors: np.ndarray, at: float) -> float:
+    """Loss of a side at a peak over that at the rule's; 1 where it is not known."""
+    losses = [getattr(run, side) for run in tried]
+    if None in losses:
+        return 1.0
+    curve = np.polyfit(factors, np.log(losses), 2)
+    return float(np.exp(np.polyval(curve, at) - np.polyval(curve, 0.0)))
 
 
 def _place(run: MeasuredRun) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from perennial.plan import published
 from perennial.plan.calibration import FARTHEST, OwnLaws, PeakAdvice
 from perennial.plan.parts import Facts, NewModel, Outlook
+from perennial.plan.small_copies import USUAL_SHARE
 from perennial.plan.transfer import Estimate, RunLaw, RunRow
 
 
@@ -68,12 +69,21 @@ def outlook(known: Knowledge, share: float, tokens: float) -> Outlook:
     old_row = row_of(known, share, tokens)
     old, old_change = None, None
     if known.laws.old and known.old_before is not None and known.own(known.laws.old, old_row):
-        old = known.laws.old.predict(old_row).times(peak.old_ratio)
+        old = _at_peak(known, known.laws.old, known.old_before, known.laws.old.predict(old_row), tokens)
     elif known.facts.parent_tokens:
         old_change = published.forgetting(share, known.kind)
         if known.old_before is not None:
             old = _scaled(old_change, known.old_before)
     return Outlook(share, tokens, new, old, new_change, old_change)
+
+
+def _at_peak(known: Knowledge, law: RunLaw, before: float, found: Estimate, tokens: float) -> Estimate:
+    """The old loss at the plan's peak: what was seen at the share of the sweep, less where less is forgotten."""
+    if known.peak is None:
+        return found
+    swept = math.log(law.predict(row_of(known, USUAL_SHARE, tokens)).mean / before)
+    weight = min(1.0, max(0.0, math.log(found.mean / before) / swept)) if swept > 0 else 1.0
+    return found.times(known.peak.old_ratio**weight)
 
 
 def _scaled(change: Estimate, loss: float) -> Estimate:

@@ -29,7 +29,7 @@ LEVEL = 0.8
 NOISE = 0.004
 """Relative difference of the losses of two runs that differ in the seed. Assumption: small models here differ by 0.3 to
 0.5%, published large ones by 0.03%; raised where the runs scatter more."""
-FORGETTING_NOISE = 0.04
+FORGETTING_NOISE = 0.02
 """The same of the rise of the old loss, relative to it: what little is replayed decides, and it differs by seed."""
 FORM_ERROR = 0.005
 """Relative error that the form of the law adds for every doubling of compute beyond the runs.
@@ -48,12 +48,12 @@ Side = Literal["new", "old", "scratch"]
 
 PRIORS: dict[Side, tuple[tuple[float, float], ...]] = {
     "new": ((0.0, _FLAT), (-0.25, 0.20), (-0.25, 0.20), (-0.25, 0.15), (0.0, 0.03)),
-    "old": ((0.0, _FLAT), (0.0, 0.03), (-0.12, 0.15), (0.0, 0.02), (0.12, 0.10)),
+    "old": ((0.0, _FLAT), (0.0, 0.05), (-0.12, 0.15), (0.0, 0.05), (0.12, 0.10)),
     "scratch": ((0.0, _FLAT), (-0.25, 0.20), (-0.25, 0.20)),
 }
 """(mean, standard deviation) of each coefficient.
 
-Exponents of N and D: published fits lie between 0.2 and 0.68; runs far from their floor look like smaller ones.
+Exponents of N and D: published fits lie between 0.2 and 0.68; runs of few tokens per parameter look like smaller ones.
 Forgetting and size: about the same share at 405M and 9.6B parameters (Ibrahim et al. 2024, arXiv 2403.08763, tables 2
 and 4).
 """

@@ -27,7 +27,7 @@ _ROUGH_STEPS = 10  # of damped Gauss-Newton, from every start
 _NUM_IDLE = 2  # starts in turn that end no lower than the best
 _LONGEST_SEARCH = 600  # steps of BFGS
 _RESAMPLE_STEPS = 40  # from the fit's own minimum on
-_KNEE = 0.7  # standard deviations; coverage of 80% intervals is 77 to 83% from 0.5 to 1.0
+_KNEE = 0.7  # standard deviations; from 0.4 to 1.0, 80% intervals of coefficients cover 78 to 83%
 _SAME_MINIMUM = 1e-6  # relative difference of two objectives
 _TOLERANCE = 1.001  # how far outside its range an input may lie before it counts as outside
 

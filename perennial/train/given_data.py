@@ -12,7 +12,6 @@ from perennial.core.lineage import has_lineage
 from perennial.core.progress import Progress
 from perennial.core.settings import check, raise_problems
 from perennial.data.corpus import Corpus
-from perennial.evals.parity import checked_parity
 
 
 def check_given(checkpoint: Path, data: Mapping[str, Path]) -> None:
@@ -31,6 +30,8 @@ def check_given(checkpoint: Path, data: Mapping[str, Path]) -> None:
             raise UserError(f"{name}={path}: no such file or folder")
     open_for(checkpoint, {n: p for n, p in data.items() if is_prepared(p) or _is_being_prepared(p)})
     if not has_lineage(checkpoint) and os.environ.get("RANK", "0") == "0":
+        from perennial.evals.parity import checked_parity  # it loads torch, which deriving a recipe does without
+
         checked_parity(checkpoint)
 
 

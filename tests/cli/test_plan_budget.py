@@ -240,6 +240,8 @@ def test_what_is_missing(base: Path, workspace: Workspace, capsys: pytest.Captur
     assert "--data: at least one NAME=PATH" in capsys.readouterr().err
     assert main(["plan", "recipe.yaml", "--budget", "1M tokens", "--data", f"new={workspace.new}"]) == 2
     assert "is planned with --memory" in capsys.readouterr().err
+    assert main(["plan", "--budget", "1M tokens"]) == 2
+    assert "name a checkpoint, 'none' for a new model" in capsys.readouterr().err
 
 
 def test_the_planner_itself_loads_no_torch() -> None:

@@ -13,11 +13,13 @@ from perennial.core.errors import UserError
 from perennial.scaling import law_file
 from perennial.scaling.allocation import cheapest, closed_form, optimal
 from perennial.scaling.choosing import Blend, fit_loss_law
-from perennial.scaling.fitting import Fit, fit
+from perennial.scaling.fitting import Fit, deviations, fit, resample
 from perennial.scaling.isoflop import fit_isoflop
 from perennial.scaling.laws.chinchilla import Chinchilla
 from perennial.scaling.laws.repeat_penalty import RepeatPenalty
 from perennial.scaling.laws.repeated import Repeated
+from perennial.scaling.laws.tied import Tied
+from perennial.scaling.objective import Objective
 from perennial.scaling.two_terms import starts
 
 TRUTH = Chinchilla.EXAMPLES[0]["coefficients"]
@@ -106,6 +108,22 @@ def test_a_ridge_fades_as_rows_grow() -> None:
     away = [abs(alpha - TRUTH["alpha"]) for alpha in pulled]
     assert away[0] > away[1] > away[2]
     assert away[2] < 0.02
+
+
+def test_intervals_are_as_wide_as_estimates_scatter() -> None:
+    fits = [fit(Tied(), runs(40, noise=0.01, seed=seed), bootstrap=20) for seed in range(16)]
+    scatter = np.std([f.coefficients["alpha"] for f in fits])
+    width = np.mean([np.ptp(f.intervals["alpha"]) for f in fits]) / (2 * deviations(0.8))
+    assert width == pytest.approx(scatter, rel=0.4)
+
+
+def test_resampling_leaves_the_objective_as_it_was() -> None:
+    table = runs(40, noise=0.01)
+    objective = Objective(Tied(), table, table["loss"], delta=1e-3)
+    theta = objective.working({"E": 1.8, "A": 500.0, "B": 2000.0, "alpha": 0.35})
+    before = objective.value(theta)
+    assert resample(objective, theta, 2, np.random.default_rng(0)).shape == (2, 4)
+    assert objective.value(theta) == before
 
 
 def test_refuses_to_extrapolate_what_rows_cannot_tell() -> None:

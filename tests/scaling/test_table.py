@@ -138,7 +138,7 @@ def test_leaves_out_under_trained_rows_that_lie_off_the_law(tmp_path: Path) -> N
         (lambda c: {**c, "N": c["N"] / 1e9}, "--column parameters=N:M or :B"),
         (
             lambda c: {"N": c["N"], "D": c["D"], "lozz": c["loss"]},
-            "no column of loss (nats per token); map it with --column loss=NAME",
+            "no column of loss (nats per token); map",
         ),
         (lambda c: {"N": c["N"], "D": c["D"], "smooth loss": c["loss"]}, "Did you mean 'smooth loss'?"),
         (lambda c: {"N": c["N"], "loss": c["loss"]}, "no column of tokens"),
