@@ -1,7 +1,7 @@
 """What looks wrong with an update, judged from its records alone, and what to change next time.
 
 Three signs, each of a finished run that continues a parent:
-  late rise      the mean loss on the old corpora rises from one evaluation to the next while the learning rate falls,
+  late rise      the mean loss on the old corpora rises from one evaluation to the next while the learning rate does not,
                  in the last 40% of the update, by more than 0.5%: forgetting had not levelled off
   much forgotten the mean loss on the old corpora ends more than 7.5% above the parent's, and less than half of the
                  tokens were replayed. Recommended shares left Ibrahim et al. with 2.8% (weak shift) and 7.4% (strong)
@@ -67,7 +67,7 @@ def _late_rise(row: Row, run: Run, unit: str) -> Doubt | None:
     return Doubt(
         "late rise",
         f"the loss on the old data still rose by {last - first:.3f} over the last {(after - before) / row.tokens:.0%} "
-        "of the update, while the learning rate fell",
+        "of the update, though the learning rate no longer rose",
         "replay a larger share, or make the update shorter: forgetting had not levelled off",
     )
 
