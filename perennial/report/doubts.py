@@ -1,8 +1,8 @@
 """What looks wrong with an update, judged from its records alone, and what to change next time.
 
 Three signs, each of a finished run that continues a parent:
-  late rise      the mean loss on the old corpora rises from one evaluation to the next while the learning rate does not,
-                 in the last 40% of the update, by more than 0.5%: forgetting had not levelled off
+  late rise      the mean loss on the old corpora rises from one evaluation to the next while the learning rate does
+                 not, in the last 40% of the update, by more than 0.5%: forgetting had not levelled off
   much forgotten the mean loss on the old corpora ends more than 7.5% above the parent's, and less than half of the
                  tokens were replayed. Recommended shares left Ibrahim et al. with 2.8% (weak shift) and 7.4% (strong)
   early decay    the learning rate was below a tenth of its peak for more than a fifth of the update, and that stretch
