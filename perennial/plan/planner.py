@@ -60,6 +60,11 @@ def make_plan(
     _check_enough(facts, budget, asked)
     has_old = new_model is None and any(text.is_old for text in facts.texts)
     warnings: list[str] = []
+    if new_model is None and not has_old:
+        warnings.append(
+            "no old text was found where the lineage has it, nor named: nothing is replayed, and much will be "
+            "forgotten; say where it is with --replay NAME=PATH"
+        )
     chosen = share if share is not None else best_share(known, asked, has_old)
     tokens = _limited(facts, asked, chosen or 0.0, warnings)
     most = most_replay(facts, tokens)

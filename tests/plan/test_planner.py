@@ -433,6 +433,13 @@ def test_one_run_only() -> None:
     assert plan.draft.tokens > 0
 
 
+def test_old_text_that_is_not_found_is_told() -> None:
+    lost = facts(texts=(Text("new", 4e6, False, "manifest"),))
+    assert any("no old text was found" in line for line in make_plan(lost, budget(), drafter(lost, [])).warnings)
+    known = facts()
+    assert not any("no old text" in line for line in make_plan(known, budget(), drafter(known, [])).warnings)
+
+
 def test_too_many_passes_are_not_planned() -> None:
     known = facts(texts=(Text("new", 1e5, False, "manifest"), Text("old", 4e6, True, "manifest")))
     plan = make_plan(known, budget("800M tokens"), drafter(known, []), share=0.25)
