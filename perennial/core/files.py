@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,27 @@ def publish(temporary: Path, final: Path) -> None:
         sync(folder)
     os.replace(temporary, final)
     sync(final.parent)
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill under a temporary name, put into its place when the body ends and removed when it fails.
+
+    What may be left of an earlier try goes first. Raises UserError where `explain` has words for an OSError.
+    """
+    partial = final.with_name(f"{final.name}.partial")
+    if partial.exists():
+        remove_tree(partial)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        publish(partial, final)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        explained = explain(error, final) if isinstance(error, OSError) else error
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def remove_tree(path: Path) -> None:

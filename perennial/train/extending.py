@@ -216,12 +216,9 @@ def _change(
 
 def _write(parent: Path, out: Path, model: Transformer, extension: Extension, change: dict[str, Any]) -> list[str]:
     """Writes the folder; returns the tokenizer's files that were left out."""
-    partial = out.with_name(f"{out.name}.partial")
-    if partial.exists():
-        files.remove_tree(partial)
-    state, before = partial / lineages.STATE_FOLDER, parent / lineages.STATE_FOLDER
-    try:
-        state.mkdir(parents=True)
+    with files.new_folder(out) as partial:
+        state, before = partial / lineages.STATE_FOLDER, parent / lineages.STATE_FOLDER
+        state.mkdir()
         save_model(model, partial)
         left_out = extension.write(partial)
         if (before / "weights").is_dir():
@@ -236,13 +233,6 @@ def _write(parent: Path, out: Path, model: Transformer, extension: Extension, ch
         files.write_json(state / lineages.LINEAGE_FILE, lineage.model_dump(mode="json"))
         write_companions(read_companions(parent), partial, lineage)
         files.write_manifest(partial, {"format": 1}, checkpoints.MANIFEST)
-        files.publish(partial, out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        explained = files.explain(error, out) if isinstance(error, OSError) else error
-        if explained is error:
-            raise
-        raise explained from error
     return left_out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,11 +230,9 @@ def _lineage(
 
 def _write(source: Path, out: Path, model: AnyModel, lineage: lineages.Lineage) -> None:
     """Writes the folder under a temporary name and puts it in place; tokenizer and card are those of `source`."""
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    state = partial / lineages.STATE_FOLDER
-    try:
-        state.mkdir(parents=True)
+    with files.new_folder(out) as partial:
+        state = partial / lineages.STATE_FOLDER
+        state.mkdir()
         save_model(model, partial)
         TokenizerFolder.open(source).copy_to(partial)
         save_full_weights(model, model.stored_dtypes.values(), state)
@@ -243,13 +240,6 @@ def _write(source: Path, out: Path, model: AnyModel, lineage: lineages.Lineage) 
         files.write_json(state / lineages.LINEAGE_FILE, complete.model_dump(mode="json"))
         write_companions(read_companions(source), partial, complete)
         files.write_manifest(partial, {"format": 1}, checkpoints.MANIFEST)
-        files.publish(partial, out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        explained = files.explain(error, out) if isinstance(error, OSError) else error
-        if explained is error:
-            raise
-        raise explained from error
 
 
 def to_text(result: Mapping[str, Any]) -> str:

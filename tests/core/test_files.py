@@ -125,3 +125,18 @@ def test_remove_tree_never_leaves_half_a_folder(tmp_path: Path, monkeypatch: pyt
     _tree(folder)
     files.remove_tree(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    final, left = tmp_path / "model", tmp_path / "model.partial"
+    left.mkdir()
+    (left / "old").write_text("of an earlier try")
+    with files.new_folder(final) as partial:
+        (partial / "new").write_text("x")
+        assert not final.exists()
+    assert [path.name for path in final.iterdir()] == ["new"]
+    with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / "other"):
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="the disk is full"), files.new_folder(tmp_path / "other"):
+        raise OSError(errno.ENOSPC, "no space")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
