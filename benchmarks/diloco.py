@@ -1,7 +1,7 @@
 """DiLoCo against summing gradients on every update: final loss at equal tokens, and bytes sent.
 
     python benchmarks/diloco.py [--work FOLDER] [--records FOLDER] [--workers 2] [--seeds 1]
-        [--updates 1500] [--sequences 4] [--peak 1e-3] [--outer 0.7:0.5 1:0 ...] [--corpora FOLDER]
+        [--updates 1500] [--sequences 4] [--peak 1e-3] [--optimizer adamw] [--outer 0.7:0.5 1:0 ...] [--corpora FOLDER]
 
 On the demo's corpora (documentation and source code of this Python installation): a base from random weights on the
 old corpus, and its continuation on the new one with replay as `perennial continue` derives it; each with every_update
@@ -75,6 +75,7 @@ def base_recipe(corpora: dict[str, Path], arguments: argparse.Namespace, seed: i
         "budget": f"{arguments.updates * arguments.sequences * LENGTH} tokens",
         "mixture": {"old": "100%"},
         "schedule": {"name": "cosine", "peak": arguments.peak, "final": arguments.peak / 10, "warmup": "5%"},
+        "optimizer": arguments.optimizer,
     }
     return {
         "name": "base",
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--sequences", type=int, default=4, help="rows of 128 tokens in an update, over all workers")
     parser.add_argument("--peak", type=float, default=1e-3)
+    parser.add_argument("--optimizer", default="adamw", help="of both sides; the continuation takes the base's")
     parser.add_argument("--inner", type=int, default=30)
     parser.add_argument("--preset", default="1m")
     parser.add_argument("--outer", nargs="*", default=[], metavar="RATE:MOMENTUM")
@@ -177,6 +179,7 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for seed in range(arguments.seeds):
         setting = f"{arguments.workers}-workers-{arguments.updates}x{arguments.sequences}-peak-{arguments.peak:g}"
+        setting += "" if arguments.optimizer == "adamw" else f"-{arguments.optimizer}"
         folder = arguments.work / setting / f"seed{seed}"
         for task in arguments.tasks:
             base = folder / "base" / SUMMED

@@ -134,7 +134,8 @@ def jobs(arguments: argparse.Namespace) -> list[Job]:
 
 def estimated_bytes(size: str, length: int, rows: int, contender: Contender, device: str) -> int:
     """What an update takes by our estimator; for peers too, whose logits come on top."""
-    from perennial.model.memory import Training, estimate
+    from perennial.model.memory import estimate
+    from perennial.model.memory_terms import Training
 
     training = Training(
         rows=rows,

@@ -180,27 +180,26 @@ def _plan(check: Check, base: Path, replay: int, options: argparse.Namespace) ->
 
 
 def _row(check: Check, replay: int) -> dict[str, Any] | None:
-    """Prediction and measurement of one run; None while it is not finished."""
-    from perennial.bench.continual_grid import EVENTS, finished
-    from perennial.core import records
+    """Prediction and measurement of one run, as its report shows them; None while it is not finished."""
+    from perennial.bench.continual_grid import finished
+    from perennial.report.foretold import outcome_of
 
-    done = finished(check.run(replay))
-    if done is None or not check.plan(replay).is_file():
+    run = check.run(replay)
+    done = finished(run)
+    found = outcome_of(run) if done is not None else None
+    if done is None or found is None:
         return None
-    plan = json.loads(check.plan(replay).read_text(encoding="utf-8"))
+    numbers = {one.side or one.unit: one for one in found.numbers}
+    if problems := [*found.notes, *(one.why_not for one in numbers.values() if one.why_not)]:
+        sys.exit(f"{run}: {problems[0]}")
     calibration = json.loads(check.calibration.read_text(encoding="utf-8"))
-    after = {name: values["nats_per_token"] for name, values in done["evaluation"]["after"].items()}
-    events = records.read(check.run(replay) / EVENTS, "train")
     small = max(run["flops_per_token"] * run["tokens"] for run in calibration["runs"] if run["kind"] == "update")
-    return {
-        "shift": check.name,
-        "replay": replay,
-        "old": {**plan["outlook"]["old"], "measured": after[check.old[0]]},
-        "new": {**plan["outlook"]["new"], "measured": after[check.new[0]]},
-        "seconds": {"mean": 3600 * plan["cost"]["hours"], "measured": sum(done["seconds"].values())},
-        "bytes": {"mean": plan["memory_bytes"], "measured": max(event["memory_bytes"] for event in events)},
-        "larger": done["flops"] / small,
-    }
+    row: dict[str, Any] = {"shift": check.name, "replay": replay, "larger": done["flops"] / small}
+    for name, key in (("old", "old"), ("new", "new"), ("seconds", "s"), ("bytes", "bytes")):
+        predicted = numbers[key].predicted
+        interval = {} if predicted.low is None else {"low": predicted.low, "high": predicted.high}
+        row[name] = {"mean": predicted.value, **interval, "measured": numbers[key].measured}
+    return row
 
 
 def _report(rows: list[dict[str, Any]], checks: list[Check]) -> tuple[str, bool]:

@@ -143,8 +143,8 @@ def prepare(cell: Cell, updates: int, corpus: Path, folder: Path) -> dict[str, A
     from perennial.model.huggingface import save_model
     from perennial.model.transformer import Transformer, initialise
     from perennial.train.recipe import parse_recipe
-    from perennial.train.resolve import stage_order
     from perennial.train.run import make_run, read_resolved
+    from perennial.train.stage_sources import stage_order
 
     (size, length), rows = cell, ROWS[cell]
     recipe = _recipe(size, rows, length, updates, corpus)

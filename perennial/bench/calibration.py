@@ -24,10 +24,10 @@ from perennial.plan import calibration as files
 from perennial.plan.calibration import Calibration, MeasuredSpeed
 from perennial.plan.small_copies import copies
 from perennial.train import origin
-from perennial.train.resolve import read_parent
+from perennial.train.starting import read_parent
 
 if TYPE_CHECKING:
-    from perennial.train.resolve import Parent
+    from perennial.train.starting import Parent
 
 MOST_ROW_TOKENS = 512
 """Rows of the copies are no longer: attention over long rows costs what more tokens would tell better."""

@@ -16,7 +16,7 @@ from perennial.core.files import write_json
 from perennial.core.settings import stable_hash
 
 if TYPE_CHECKING:
-    from perennial.train.resolve import Parent
+    from perennial.train.starting import Parent
 
 NOISE_ROWS = 16
 """Rows of the big batch of the noise scale; the small one is one row."""

@@ -166,7 +166,10 @@ def _bar(new: str, scale: Scale) -> list[PlannedRun]:
         trunk = PlannedRun(f"bar-trunk-{percent}", f"trunk, straight down, {at}", checks, (falls,), "trunk")
         half = replace(trunk, name=f"bar-rows-{percent}", label=f"the same, half the rows, {at}", sequences=HALF_ROWS)
         default_way = PlannedRun(f"bar-default-{percent}", f"default, {at}", checks, (default,), "base", choices={})
-        runs += [default_way, trunk, half]
+        from_trunk = replace(
+            default_way, name=f"bar-chosen-{percent}", label=f"default from the trunk, {at}", parent="trunk"
+        )
+        runs += [default_way, from_trunk, trunk, half]
     return runs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from perennial.model.foreign import AnyConfig
@@ -49,28 +49,21 @@ def _config(recipe: Recipe, base: Path) -> AnyConfig:
     """The model's configuration: the parent's, or the new model's for the vocabulary of the first corpus."""
     from perennial.core.errors import UserError
     from perennial.core.lineage import newest_checkpoint
-    from perennial.core.settings import check, raise_problems
     from perennial.data.corpus import Corpus
-    from perennial.model.config import ModelConfig
     from perennial.model.folder_config import load_config
     from perennial.model.foreign import check_document_mask, check_rows
+    from perennial.train.starting import new_model
 
     if recipe.parent is not None:
         config: AnyConfig = load_config(newest_checkpoint((base / recipe.parent).resolve()))
     else:
         assert recipe.model is not None
-        settings: dict[str, Any] = dict(recipe.model.options)
-        if "vocabulary_size" not in settings:
+        size = None
+        if "vocabulary_size" not in recipe.model.options:
             if not recipe.corpora:
                 raise UserError("the vocabulary is not known: name a corpus, or give model.options.vocabulary_size")
-            settings["vocabulary_size"] = Corpus.open(base / next(iter(recipe.corpora.values()))).vocabulary_size
-        if recipe.model.preset is not None:
-            config = ModelConfig.from_preset(recipe.model.preset, **settings)
-        else:
-            found, problems = check(ModelConfig, settings, ("model", "options"))
-            raise_problems(problems, "recipe")
-            assert found is not None
-            config = found
+            size = Corpus.open(base / next(iter(recipe.corpora.values()))).vocabulary_size
+        config = new_model(recipe.model, size, "the first corpus")
     check_rows(config, recipe.batch.sequence_length, "batch.sequence_length")
     check_document_mask(config, recipe.document_mask)
     return config

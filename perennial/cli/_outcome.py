@@ -1,4 +1,4 @@
-"""What `perennial continue` prints: the derived recipe, or the result and what looks wrong with it (not a command)."""
+"""What `perennial continue` and `train` print: a derived recipe, a result, what was foretold of it (not a command)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def show_recipe(result: dict[str, Any], *, as_json: bool) -> None:
 
     import yaml
 
-    from perennial.train.resolve import describe
+    from perennial.train.resolved import describe
 
     resolved = result.pop("resolved")
     if as_json:
@@ -36,3 +36,17 @@ def show_result(result: dict[str, Any], out: Path, *, as_json: bool) -> None:
         return
     for doubt in found:
         print(f"{doubt.sign}: {doubt.seen}. Next time: {doubt.advice}.")
+
+
+def show_foretold(result: dict[str, Any], folder: Path, *, as_json: bool) -> None:
+    """Prints the result of a run as JSON, or one line about what its plan foretold, if a plan made it."""
+    import json
+
+    from perennial.report.foretold import outcome_of
+
+    found = outcome_of(folder) if result["complete"] else None
+    if as_json:
+        told = {"foretold": [one.to_json() for one in found.numbers]} if found else {}
+        print(json.dumps({**result, **told}, indent=2))
+    elif found:
+        print(f"foretold, and measured: {found.line()}")

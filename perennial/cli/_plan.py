@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from perennial.plan.devices import Device
     from perennial.plan.parts import Choice, Draft, Facts, Plan, Text
     from perennial.train.continuing import Derived
-    from perennial.train.resolve import Parent
+    from perennial.train.starting import Parent
 
 PEAK_FROM_RULE = ("rewarm", "data_bound", "one_epoch")
 """Continuations whose peak a measured response may move."""
@@ -63,7 +63,7 @@ def asked_for(args: argparse.Namespace) -> Asked:
     from perennial.plan.calibration import read
     from perennial.train.continuing import starting_checkpoint
     from perennial.train.origin import stated_facts
-    from perennial.train.resolve import read_parent
+    from perennial.train.starting import read_parent
 
     checkpoint = starting_checkpoint(Path(args.model), args.recipe)
     parent = read_parent(checkpoint, stated_facts(args.parent))
@@ -102,8 +102,10 @@ def plan_for(args: argparse.Namespace) -> Plan:
     from perennial.core.amounts import parse
     from perennial.core.errors import UserError
     from perennial.plan.budgets import read_budget
-    from perennial.plan.calibration import read_ledger
+    from perennial.plan.law_files import LawFile
     from perennial.plan.planner import make_plan
+    from perennial.scaling.law_file import load
+    from perennial.scaling.ledger import read
 
     asked = asked_for(args)
     budget = read_budget(args.budget, here=here(asked.calibration), mfu=args.mfu)
@@ -119,7 +121,8 @@ def plan_for(args: argparse.Namespace) -> Plan:
         share=share,
         how=args.recipe,
         calibration=asked.calibration,
-        ledger=read_ledger(Path(args.ledger), [text.name for text in facts.texts]) if args.ledger else (),
+        ledger=read(Path(args.ledger)) if args.ledger else (),
+        law=LawFile(Path(args.laws).name, load(Path(args.laws))) if args.laws else None,
         kind=_kind(asked.calibration),
         with_energy=args.energy,
     )
@@ -157,6 +160,7 @@ def facts_of(asked: Asked, budget: Budget) -> Facts:
     tokens = max(1.0, budget.flops(per_token) / per_token)
     batch = derived(asked, f"{tokens:.15g} tokens", None, "rewarm", None).recipe.batch
     after = lineage.evaluation.get("after", {})
+    measured = [name for name in lineage.corpora if name in after and name not in asked.data]
     texts = tuple(texts_of(asked))
     paths = {**asked.data, **asked.stand_ins, **asked.moved}
     return Facts(
@@ -167,9 +171,10 @@ def facts_of(asked: Asked, budget: Budget) -> Facts:
         parent_tokens=float(lineage.tokens),
         parent_flops=float(lineage.flops),
         past_is_estimate=bool(lineage.origin and lineage.origin.tokens.is_estimate and not lineage.stages),
-        old_losses={name: after[name]["nats_per_token"] for name in lineage.corpora if name in after},
+        old_losses={name: after[name]["nats_per_token"] for name in measured},
         batch_tokens=batch.tokens,
         checkpoint=lineage.checkpoint,
+        old_measured_on={name: int(after[name]["tokens"]) for name in measured if "tokens" in after[name]},
         fingerprints={name: found for name, path in paths.items() if (found := _fingerprint(path))},
     )
 
@@ -254,6 +259,7 @@ def write_recipe(plan: Plan, args: argparse.Namespace) -> None:
 
     from perennial.core.errors import UserError
     from perennial.core.files import write_text
+    from perennial.plan.predicting import predictions_of
     from perennial.plan.words import header
 
     out = Path(args.out)
@@ -265,6 +271,8 @@ def write_recipe(plan: Plan, args: argparse.Namespace) -> None:
     if out.exists():
         raise UserError(f"--out {out}: is there already; give another file, or remove it")
     body = yaml.safe_dump(plan.draft.recipe, sort_keys=False, allow_unicode=True)
+    foretold = {"predictions": predictions_of(plan, plan.draft.resolved).model_dump(mode="json", exclude_none=True)}
+    body += yaml.safe_dump(foretold, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     write_text(out, header(plan) + plan.draft.header + body)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perennial.plan.budgets import Budget
@@ -33,8 +33,10 @@ def draft_of(
     from perennial.train.resolve import resolve
 
     base, name = place(args)
+    resolved: dict[str, Any] = {}
     if not any(text.is_estimate for text in facts.texts):
-        resolve(recipe, base=base, precision="fp32")
+        resolved = resolve(recipe, base=base, precision="fp32").model_dump(mode="json")
+    measured_on = _measured_on(resolved)
     stages = tuple(_with_draws(s, recipe, facts, i) for i, s in enumerate(stages_of(recipe, rate, peak)))
     memory, fits = _memory(recipe, base, budget)
     return Draft(
@@ -49,9 +51,11 @@ def draft_of(
         stages=stages,
         flops=sum(s.tokens for s in stages) * facts.flops_per_token,
         batch=f"{recipe.batch.sequences} x {recipe.batch.sequence_length} = {recipe.batch.tokens} tokens",
-        evaluated_tokens=_evaluated_tokens(recipe, facts),
+        evaluated_tokens=_evaluated_tokens(recipe, facts, measured_on),
         memory_bytes=memory,
         memory_fits=fits,
+        measured_on=measured_on,
+        resolved=resolved,
     )
 
 
@@ -115,12 +119,28 @@ def share_of(recipe: Recipe, data: dict[str, Path]) -> float:
     return round(old, 9)
 
 
-def _evaluated_tokens(recipe: Recipe, facts: Facts) -> float:
+def _evaluated_tokens(recipe: Recipe, facts: Facts, measured_on: dict[str, int]) -> float:
     """Tokens of all evaluations: before, at every stretch, at the ends of stages; held out is 5% where not known."""
     settings = recipe.evaluation
     most = settings.tokens.value if settings.tokens.unit == "tokens" else float("inf")
     times = 1 + (round(1 / settings.every.value) if settings.every and settings.every.unit == "share" else 1)
-    return (times + len(recipe.stages) - 1) * sum(min(most, 0.05 * text.tokens) for text in facts.texts)
+    guess = sum(min(most, 0.05 * text.tokens) for text in facts.texts)
+    once = float(sum(measured_on.values())) or guess
+    return (times + len(recipe.stages) - 1) * once
+
+
+def _measured_on(resolved: dict[str, Any]) -> dict[str, int]:
+    """Validation tokens of each corpus in one evaluation of a resolved recipe; empty for an empty one."""
+    import numpy as np
+
+    from perennial.data.corpus import Corpus, evenly_spread
+
+    found = {}
+    for name, facts in resolved.get("corpora", {}).items():
+        ends = Corpus.open(Path(facts["path"])).validation.document_ends().astype(np.int64)
+        lengths = ends - np.concatenate([[0], ends[:-1]])
+        found[name] = int(lengths[evenly_spread(lengths, resolved["evaluation_tokens"])].sum()) if len(ends) else 0
+    return found
 
 
 def _memory(recipe: Recipe, base: Path, budget: Budget) -> tuple[int | None, bool | None]:

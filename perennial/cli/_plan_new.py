@@ -79,7 +79,7 @@ def _law(
     """The law that orders sizes, where it is from, and why a better one could not be asked."""
     from perennial.core.errors import UserError
     from perennial.plan import new_models
-    from perennial.plan.calibration import own_laws
+    from perennial.plan.own_runs import own_laws
     from perennial.scaling import law_file
 
     published = (
@@ -168,7 +168,7 @@ def _recipe(
 
 def origin_path(path: Path, base: Path) -> str:
     """A path as a recipe in `base` names it."""
-    from perennial.train.resolve import relative_to
+    from perennial.core.files import relative_to
 
     return relative_to(path.resolve(), base)
 

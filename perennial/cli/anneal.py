@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from perennial.cli._names import named_paths
     from perennial.train.annealing import anneal_run
-    from perennial.train.resolve import describe
+    from perennial.train.resolved import describe
     from perennial.train.workers import rank
 
     result = anneal_run(

@@ -43,6 +43,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recipe", metavar="NAME", help=words)
     parser.add_argument("--schedule", metavar="NAME", help="the same as --recipe")
+    words = "N continuations with other seeds in RUN-1 to RUN-N, then RUN taught by all, or '{members: N, weight: 0.9}'"
+    parser.add_argument("--ensemble", metavar="N", help=words)
     parser.add_argument(
         "--optimizer-state",
         choices=["keep", "reset"],
@@ -68,20 +70,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Derives the recipe, writes it into the run folder, and runs it."""
+    import functools
     import shlex
     import sys
     from pathlib import Path
 
     from perennial.cli._names import named_paths
     from perennial.cli._outcome import show_recipe, show_result
-    from perennial.train import continuing, launch
+    from perennial.train import continuing, ensembling, launch
     from perennial.train.origin import stated_facts
     from perennial.train.workers import rank
 
     launched = launch_settings(args)
     replay = args.replay or []
     shares = [r for r in replay if "=" not in r]
-    result = (launch if launched else continuing).continue_run(
+    go_on = functools.partial((launch if launched else continuing).continue_run, **launched)
+    if args.ensemble:
+        ensemble = ensembling.ensemble_of(args.ensemble)
+        go_on = functools.partial(ensembling.continue_ensemble, ensemble=ensemble, run=go_on)
+    result = go_on(
         Path(args.checkpoint),
         named_paths("--data", args.data),
         budget=args.tokens,
@@ -101,11 +108,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         facts=stated_facts(args.parent),
         settings=args.set,
-        **launched,
     )
     if args.dry_run:
         show_recipe(result, as_json=args.json)
         return 0
     if rank() == 0:
+        print(ensembling.to_text(result["ensemble"]) + "\n" if "ensemble" in result and not args.json else "", end="")
         show_result(result, Path(args.out), as_json=args.json)
     return 0 if result["result"]["complete"] else 130

@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     words = "file to write, ready for `perennial train` (.yaml); with --calibrate the calibration (.json)"
     parser.add_argument("--out", metavar="FILE", help=words)
     parser.add_argument("--calibration", metavar="FILE", help="what --calibrate has measured")
-    words = "of a new model: law of loss of your own runs, made by `perennial laws fit`"
+    words = "law of your own runs, made by `perennial laws fit`: the size of a new model; what retraining would reach"
     parser.add_argument("--laws", metavar="FILE", help=words)
     parser.add_argument("--ledger", metavar="FILE", help="your finished updates, gathered by `perennial laws ledger`")
     parser.add_argument("--recipe", metavar="NAME", help="one of `perennial list continuations` (default: chosen)")

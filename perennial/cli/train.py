@@ -27,13 +27,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; exit code 130 when stopped by a signal with everything saved."""
-    import json
     from pathlib import Path
 
     from perennial.core.errors import UserError
     from perennial.train import launch
     from perennial.train.recipe import read
-    from perennial.train.resolve import describe
+    from perennial.train.resolved import describe
     from perennial.train.run import changed_parallel, plan, read_resolved, start, train
     from perennial.train.workers import rank
 
@@ -61,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         result = train(folder, parallel=args.overrides, quiet=args.json)
     else:
         result = start(recipe, folder, base=path.parent, quiet=args.json)
-    if args.json and rank() == 0:
-        print(json.dumps(result, indent=2))
+    if rank() == 0:
+        from perennial.cli._outcome import show_foretold
+
+        show_foretold(result, folder, as_json=args.json)
     return 0 if result["complete"] else 130

@@ -38,6 +38,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def relative_to(path: Path, base: Path) -> str:
+    """`path` as it is best written in a file that lies in `base`."""
+    return os.path.relpath(path, base)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file so that readers see the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

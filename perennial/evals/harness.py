@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from perennial.core.environment import with_variables
 from perennial.core.errors import UserError, nearest
 from perennial.core.progress import Progress
 from perennial.evals.task_files import FILE_FORMATS, TaskFile, data_files
@@ -116,7 +116,7 @@ def surroundings(options: Options) -> Iterator[None]:
         import huggingface_hub.constants
 
         if not options.online:
-            stack.enter_context(_environment(dict.fromkeys(_OFFLINE, "1")))
+            stack.enter_context(with_variables(dict.fromkeys(_OFFLINE, "1")))
             stack.enter_context(_replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
             for name in _OFFLINE:
                 stack.enter_context(_replaced(datasets.config, name, True))
@@ -125,20 +125,6 @@ def surroundings(options: Options) -> Iterator[None]:
         if not options.allow_code:
             stack.enter_context(_replaced(lm_eval.utils, "env", _sandbox(lm_eval.utils.env)))
         yield
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -29,15 +29,18 @@ def local_part(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Fills this process's part of `parameter` from the whole `value`, of the same shape on any device."""
+    local_part(parameter).copy_(part_like(parameter, value))
+
+
+def part_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """The part of the whole `value` that this process holds of `parameter`, which has its shape; a view."""
     if not is_spread(parameter):
-        parameter.copy_(value)
-        return
+        return value
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     spread: Any = parameter
     shape, offset = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
-    part = value[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))]
-    local_part(parameter).copy_(part)
+    return value[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))]
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 from perennial.core.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from perennial.data.corpus import Corpus
     from perennial.data.loader import Arrangement
+    from perennial.data.replay import SourceSpec
     from perennial.data.tokenizers.folder import TokenizerFolder
 
     class LanguageModel(Protocol):
@@ -50,6 +53,10 @@ if TYPE_CHECKING:
         @property
         def segments(self) -> torch.Tensor | None:
             """(B, T) document numbers, or None when attention may cross documents."""
+
+        @property
+        def source(self) -> NDArray[np.int64] | None:
+            """(B,), on the host: index of each row's source in the stage's mixture; None where it is not known."""
 
 
 IGNORED = -100
@@ -82,6 +89,8 @@ class StageData:
     """Whether work that takes long says nothing of it."""
     corpora: tuple[Corpus, ...]
     """The corpus of each source of the mixture, in its order."""
+    sources: tuple[SourceSpec, ...] = ()
+    """The sources of the mixture."""
 
     def tokenizer(self) -> TokenizerFolder:
         """The tokenizer that the corpora were cut by; where it was extended in between, the newest."""
@@ -95,6 +104,8 @@ class Objective(Settings, ABC):
     """Settings of a loss, and its sums for a model and a batch."""
 
     EXAMPLES: ClassVar[list[dict[str, Any]]]
+    FOLDERS: ClassVar[tuple[str, ...]] = ()
+    """Settings that may hold lists of folders, which are moved with the recipe that names them."""
 
     @abstractmethod
     def loss(self, model: LanguageModel, batch: TensorBatch) -> LossSum:
@@ -111,6 +122,14 @@ class Objective(Settings, ABC):
     def with_models(self, models: Sequence[LanguageModel]) -> Self:
         """The same with the models of `checkpoints`, in that order; they are not trained."""
         assert not models
+        return self
+
+    def share_read(self, stage: StageData) -> float:
+        """The share of the rows that the models of `checkpoints` read, for the FLOPs."""
+        return 1.0
+
+    def on_stage(self, stage: StageData) -> Self:
+        """The same, knowing the rows that it will be given."""
         return self
 
     def check(self, stage: StageData) -> None:

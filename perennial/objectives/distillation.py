@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
-from perennial.objectives.base import IGNORED, LossSum, Objective
+from perennial.core.errors import UserError, nearest
+from perennial.objectives.base import IGNORED, LossSum, Objective, StageData
 from perennial.objectives.next_token import (
     NextToken,
     add_product,
@@ -36,7 +37,9 @@ from perennial.objectives.next_token import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from perennial.objectives.base import LanguageModel, TensorBatch
 
@@ -51,8 +54,12 @@ class Distillation(Objective):
         {"weight": 1.0, "temperature": 2.0},
         {"teacher": ["first", "second"], "weight": 0.3, "temperature": 0.7, "chunk_tokens": 7},
         {"weight": 0.0},
+        {"rows": "replay"},
     ]
+    FOLDERS: ClassVar[tuple[str, ...]] = ("teacher",)
 
+    rows: Literal["all", "replay"] | Annotated[list[str], Field(min_length=1)] = "all"
+    """Which rows the teachers have a part in: 'all', those of 'replay', or those of the corpora named here."""
     teacher: Literal["parent"] | Annotated[list[str], Field(min_length=1)] = "parent"
     """'parent', or a list of checkpoint folders (or run folders: their newest) whose probabilities are averaged."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -63,6 +70,8 @@ class Distillation(Objective):
     """Tokens whose logits exist at once, of the student and of one teacher; by default as for `next_token`."""
 
     _teachers: tuple[Any, ...] = PrivateAttr(default=())
+    _taught: frozenset[int] | None = PrivateAttr(default=None)
+    """The sources of the stage whose rows are taught; None: all of them."""
 
     def checkpoints(self) -> list[str]:
         """The teachers."""
@@ -75,21 +84,91 @@ class Distillation(Objective):
         given._teachers = tuple(models)
         return given
 
+    def check(self, stage: StageData) -> None:
+        """Raises UserError where `rows` names a source that the mixture does not have."""
+        if self.rows != "all":
+            self._sources(stage)
+
+    def share_read(self, stage: StageData) -> float:
+        """The weight of the sources that are taught."""
+        if self.rows == "all":
+            return 1.0
+        taught = self._sources(stage)
+        weights = [source.weight for source in stage.sources]
+        return sum(weights[index] for index in taught) / sum(weights)
+
+    def on_stage(self, stage: StageData) -> Self:
+        """The same with the numbers of the sources that are taught."""
+        given = self.model_copy()
+        given._taught = None if self.rows == "all" else self._sources(stage)
+        return given
+
+    def _sources(self, stage: StageData) -> frozenset[int]:
+        names = [source.name for source in stage.sources]
+        if self.rows == "replay":
+            taught = frozenset(i for i, source in enumerate(stage.sources) if source.role == "replay")
+            if not taught:
+                raise UserError(
+                    "objective distillation: rows 'replay': the stage replays nothing; name the corpora that are to be "
+                    f"taught ({', '.join(names)}), take 'all', or add 'replay' to the mixture"
+                )
+            return taught
+        for name in self.rows:
+            if name not in names:
+                hint = nearest(name, [*names, "replay", "all"])
+                raise UserError(
+                    f"objective distillation: rows: the mixture has no '{name}'; it has: {', '.join(names)}.{hint}"
+                )
+        return frozenset(names.index(name) for name in self.rows)
+
     def loss(self, model: LanguageModel, batch: TensorBatch) -> LossSum:
         """Sums over the batch; the teachers first, while nothing is kept for the backward pass yet."""
         import torch
 
         assert self._teachers, "the teachers were not given"
+        plain = NextToken(chunk_tokens=self.chunk_tokens)
+        taught, others = self._divided(batch)
+        if not taught:
+            return plain.loss(model, batch)
+        read = _Rows.of(batch, taught) if others else batch
         with torch.no_grad():
-            teachers = [(flat_states(teacher, batch)[0], teacher.head_weight) for teacher in self._teachers]
-        states, targets = flat_states(model, batch)
+            teachers = [(flat_states(teacher, read)[0], teacher.head_weight) for teacher in self._teachers]
+        hidden, head = model(batch.inputs, batch.segments), model.head_weight
+        states = (hidden[taught] if others else hidden).flatten(0, -2)
         mixing = _Mixing(self.weight, self.temperature, self.chunk_tokens or default_chunk(states.device.type))
-        total, nats = _mixed().apply(states, model.head_weight, targets, teachers, mixing)
-        return LossSum(total, nats, (targets != IGNORED).sum())
+        total, nats = _mixed().apply(states, head, read.targets.flatten(), teachers, mixing)
+        if others:
+            rest = plain.of_states(hidden[others].flatten(0, -2), batch.targets[others].flatten(), head)
+            total, nats = total + rest.total, nats + rest.nats
+        return LossSum(total, nats, (batch.targets != IGNORED).sum())
+
+    def _divided(self, batch: TensorBatch) -> tuple[list[int], list[int]]:
+        """The rows that are taught, and the others; where sources are not known (in a trial) all count as taught."""
+        if self._taught is None or batch.source is None:
+            return list(range(len(batch.inputs))), []
+        sources = batch.source.tolist()
+        taught = [row for row, source in enumerate(sources) if source in self._taught]
+        return taught, [row for row, source in enumerate(sources) if source not in self._taught]
 
     def evaluate(self, model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum of nats, count) of the next tokens; the teachers have no part in it."""
         return NextToken(chunk_tokens=self.chunk_tokens).evaluate(model, batch)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a batch."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    segments: torch.Tensor | None
+    source: NDArray[np.int64] | None
+
+    @classmethod
+    def of(cls, batch: TensorBatch, rows: list[int]) -> _Rows:
+        segments = None if batch.segments is None else batch.segments[rows]
+        source = None if batch.source is None else batch.source[rows]
+        return cls(batch.inputs[rows], batch.targets[rows], segments, source)
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,15 @@ class NextToken(Objective):
 
     def loss(self, model: LanguageModel, batch: TensorBatch) -> LossSum:
         """Sums over the batch; with a plain head the gradients are ready when this returns."""
-        states, targets = flat_states(model, batch)
+        return self.of_states(*flat_states(model, batch), model.head_weight)
+
+    def of_states(self, states: torch.Tensor, targets: torch.Tensor, head: torch.Tensor | None) -> LossSum:
+        """The same from hidden states (N, D) and a head (V, D), or from logits (N, V) without; targets (N,)."""
         chunk = self._chunk(states)
-        if model.head_weight is None:
+        if head is None:
             total, nats = _of_logits().apply(states, targets, self.z_loss, chunk)
         else:
-            total, nats = _of_hidden().apply(states, model.head_weight, targets, self.z_loss, chunk)
+            total, nats = _of_hidden().apply(states, head, targets, self.z_loss, chunk)
         return LossSum(total, nats, (targets != IGNORED).sum())
 
     def evaluate(self, model: LanguageModel, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:

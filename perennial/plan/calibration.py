@@ -1,32 +1,24 @@
-"""What a calibration has measured on this machine and on the user's own text: the file, and the laws through it.
+"""What a calibration has measured on this machine and on the user's own text: the file, and what it says of peaks.
 
 `perennial plan --calibrate` makes the file (see `bench.calibration`); plans read it. Runs are of small copies of the
-model that is to be continued, so that laws through them say what the model itself will do (see `transfer`).
+model that is to be continued, so that laws through them say what the model itself will do (see `own_runs`).
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from perennial.core.errors import UserError
 from perennial.core.files import read_json, write_json
 from perennial.core.settings import Settings, check, raise_problems
-from perennial.plan.transfer import NOISE, RunLaw, RunRow, Side, fit_runs
+from perennial.plan.transfer import NOISE
 
 FORMAT = 1
-FARTHEST = 50.0
-"""Runs of this many times more compute than the largest measured one are no longer predicted.
-
-Assumption: the exponents of small runs hold for a few doublings; after 50-fold their errors add up to more than the
-effects that a plan decides about.
-"""
 
 
 class MeasuredRun(Settings):
@@ -86,16 +78,6 @@ class Calibration(Settings):
     """Gradient noise scale in tokens, of the largest copy; None: it drowned."""
 
 
-@dataclass(frozen=True)
-class OwnLaws:
-    """Laws through the runs of a calibration."""
-
-    new: RunLaw | None
-    old: RunLaw | None
-    reason: str = ""
-    """Why a side has none."""
-
-
 def write(calibration: Calibration, path: Path) -> None:
     """Writes the file, whole or not at all."""
     write_json(path, calibration.model_dump(mode="json"))
@@ -115,61 +97,6 @@ def read(path: Path) -> Calibration:
     raise_problems(problems, f"--calibration {path}")
     assert found is not None
     return found
-
-
-def own_laws(
-    calibration: Calibration | None, ledger: Sequence[Mapping[str, Any]] = (), parent_tokens: float = 0.0
-) -> OwnLaws:
-    """The laws of both sides through all runs of a calibration and of a ledger; for new models only the new side.
-
-    Runs of a ledger are taken to continue parents of `parent_tokens`, which it does not record.
-    """
-    runs = calibration.runs if calibration else []
-    updates = [run for run in runs if run.kind == "update"]
-    scratch = [run for run in runs if run.kind == "scratch"]
-    new_rows = [_row(run, run.new) for run in updates or scratch if run.new is not None]
-    old_rows = [_row(run, run.old) for run in updates if run.old is not None and run.old_before is not None]
-    new_rows += [_ledger_row(row, parent_tokens) for row in ledger if row["role"] == "new"]
-    old_rows += [_ledger_row(row, parent_tokens) for row in ledger if row["role"] == "old" and row["loss_before"]]
-    if len(new_rows) < 2:
-        reason = "one run only" if new_rows else ("no calibration" if calibration is None else "no run has finished")
-        return OwnLaws(None, None, reason)
-    side: Side = "scratch" if scratch and not updates else "new"
-    old = fit_runs("old", old_rows) if len(old_rows) > 1 else None
-    return OwnLaws(fit_runs(side, new_rows), old, "" if old else "no run has old text")
-
-
-def _ledger_row(row: Mapping[str, Any], parent_tokens: float) -> RunRow:
-    return RunRow(
-        flops_per_token=float(row["flops"]) / float(row["tokens"]),
-        tokens=float(row["tokens"]),
-        share=float(row["replay"]),
-        parent_tokens=parent_tokens,
-        old_before=float(row["loss_before"] or math.nan),
-        loss=float(row["loss"]),
-    )
-
-
-def read_ledger(path: Path, domains: Collection[str]) -> list[dict[str, Any]]:
-    """The rows of a ledger that continue a parent, on these domains. Raises UserError for what is no ledger."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [row for row in rows if row["parent"] and row["domain"] in domains and _ledger_row(row, 1.0)]
-    except OSError as error:
-        raise UserError(f"--ledger {path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--ledger {path}: not a ledger ({error}); `perennial laws ledger` makes one") from None
-
-
-def _row(run: MeasuredRun, loss: float | None) -> RunRow:
-    return RunRow(
-        run.flops_per_token,
-        run.tokens,
-        run.share,
-        run.parent_tokens,
-        math.nan if run.old_before is None else run.old_before,
-        math.nan if loss is None else loss,
-    )
 
 
 @dataclass(frozen=True)

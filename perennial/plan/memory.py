@@ -19,17 +19,8 @@ from perennial.core.errors import UserError
 from perennial.core.layout import Layout, choose_layout, divisors
 from perennial.model.config import ModelConfig
 from perennial.model.foreign import AnyConfig, check_divisible, num_parameters
-from perennial.model.memory import (
-    Checkpointing,
-    Device,
-    Memory,
-    Precision,
-    Training,
-    copies_while_saving,
-    estimate,
-    optimizer_bytes,
-    state_by_kind,
-)
+from perennial.model.memory import Memory, copies_while_saving, estimate, optimizer_bytes, state_by_kind
+from perennial.model.memory_terms import Checkpointing, Device, Precision, Training
 from perennial.objectives.next_token import default_chunk
 
 GPUS_PER_MACHINE = 8

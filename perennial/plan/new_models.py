@@ -102,9 +102,14 @@ def ranked(sizes: Sequence[Size], unique_tokens: float, loss_of: LossOf, budget:
 
 def by_published_law(size: Size, unique_tokens: float) -> Estimate:
     """The loss of a new model by the published law of repeated data."""
+    return published_loss(size.parameters, size.tokens, unique_tokens)
+
+
+def published_loss(parameters: float, tokens: float, unique_tokens: float) -> Estimate:
+    """What `by_published_law` says of a number of parameters."""
     law = Repeated()
     coefficients, _ = published(law, "muennighoff_2023")
-    inputs = {"parameters": size.parameters, "tokens": size.tokens, "unique_tokens": min(unique_tokens, size.tokens)}
+    inputs = {"parameters": parameters, "tokens": tokens, "unique_tokens": min(unique_tokens, tokens)}
     mean = float(law.predict({name: np.array([float(value)]) for name, value in inputs.items()}, coefficients)[0])
     return Estimate(mean, mean * (1 - PRIOR_SPREAD), mean * (1 + PRIOR_SPREAD))
 

@@ -1,12 +1,15 @@
-"""What to expect of a choice: losses by the laws of own runs where these reach, else by what was published."""
+"""What to expect of a choice: losses by the laws of own runs where these reach, else by a law file or as published."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from perennial.core.errors import UserError
 from perennial.plan import published
-from perennial.plan.calibration import FARTHEST, OwnLaws, PeakAdvice
+from perennial.plan.calibration import PeakAdvice
+from perennial.plan.law_files import LawFile, forgotten
+from perennial.plan.own_runs import FARTHEST, OwnLaws
 from perennial.plan.parts import Facts, NewModel, Outlook
 from perennial.plan.small_copies import USUAL_SHARE
 from perennial.plan.transfer import Estimate, RunLaw, RunRow
@@ -25,6 +28,8 @@ class Knowledge:
     new_model: NewModel | None = None
     noise_batch: float | None = None
     """Gradient noise scale in tokens, where it was measured."""
+    law: LawFile | None = None
+    """A law file of the user's own."""
 
     def own(self, law: RunLaw | None, row: RunRow) -> bool:
         """Whether a law of own runs reaches this far."""
@@ -65,16 +70,34 @@ def outlook(known: Knowledge, share: float, tokens: float) -> Outlook:
     new = (
         known.laws.new.predict(row).times(peak.new_ratio) if known.laws.new and known.own(known.laws.new, row) else None
     )
-    new_change = None if new else published.cost_of_replay(share, known.kind)
+    new_change = None if new else cost_of_replay(known, share)
     old_row = row_of(known, share, tokens)
     old, old_change = None, None
     if known.laws.old and known.old_before is not None and known.own(known.laws.old, old_row):
         old = _at_peak(known, known.laws.old, known.old_before, known.laws.old.predict(old_row), tokens)
+    elif (by_law := forgotten_by_law(known, share, tokens)) is not None:
+        old = by_law
     elif known.facts.parent_tokens:
         old_change = published.forgetting(share, known.kind)
         if known.old_before is not None:
             old = _scaled(old_change, known.old_before)
     return Outlook(share, tokens, new, old, new_change, old_change)
+
+
+def cost_of_replay(known: Knowledge, share: float) -> Estimate:
+    """Rise of the new loss over an update without old text: by own runs where there are enough, else as published."""
+    own = known.laws.replay_cost
+    return own.rise(share) if own is not None else published.cost_of_replay(share, known.kind)
+
+
+def forgotten_by_law(known: Knowledge, share: float, tokens: float) -> Estimate | None:
+    """The old loss by a law file of forgetting; None without one, or where it must not be asked."""
+    if known.law is None or not known.law.is_of_forgetting or known.old_before is None:
+        return None
+    try:
+        return forgotten(known.law, known.facts, known.old_before, share, tokens)
+    except UserError:
+        return None
 
 
 def _at_peak(known: Knowledge, law: RunLaw, before: float, found: Estimate, tokens: float) -> Estimate:

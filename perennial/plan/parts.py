@@ -44,6 +44,8 @@ class Facts:
     """Id of the checkpoint."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Of the prepared corpora."""
+    old_measured_on: Mapping[str, int] = field(default_factory=dict)
+    """Validation tokens that each of the old losses was measured on."""
 
     @property
     def fresh_tokens(self) -> float:
@@ -116,6 +118,10 @@ class Draft:
     """Tokens of all evaluations together."""
     memory_bytes: int | None
     memory_fits: bool | None
+    measured_on: Mapping[str, int] = field(default_factory=dict)
+    """Validation tokens of each corpus in one evaluation, where the text is prepared."""
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe with every value explicit, as in resolved.json; empty where text is not prepared."""
 
     @property
     def tokens(self) -> int:
@@ -184,6 +190,8 @@ class Plan:
     cost: Cost
     retraining: Cost
     """From random weights on everything, for about the same result."""
+    retraining_loss: Estimate | None
+    """What that reaches; None for a new model, and where no law can tell."""
     alternatives: tuple[Alternative, ...]
     numbers: tuple[Number, ...]
     warnings: tuple[str, ...]
@@ -209,6 +217,7 @@ class Plan:
             "memory_bytes": self.draft.memory_bytes,
             "memory_fits": self.draft.memory_fits,
             "retraining": asdict(self.retraining),
+            "retraining_loss": asdict(self.retraining_loss) if self.retraining_loss else None,
             "alternatives": [asdict(alternative) for alternative in self.alternatives],
             "numbers": [number.to_json() for number in self.numbers],
             "warnings": list(self.warnings),

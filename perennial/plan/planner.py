@@ -8,18 +8,21 @@ stays decided there. Every number carries its source.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from perennial.core.amounts import human
 from perennial.core.errors import UserError
 from perennial.plan import published
 from perennial.plan.budgets import Budget
-from perennial.plan.calibration import Calibration, best_peak, own_laws
+from perennial.plan.calibration import Calibration, best_peak
+from perennial.plan.law_files import LawFile, asked
 from perennial.plan.outlooks import Knowledge, best_share, most_replay, outlook
+from perennial.plan.own_runs import own_laws
 from perennial.plan.parts import Alternative, Choice, Cost, Draft, Drafter, Facts, NewModel, Outlook, Plan
+from perennial.plan.retraining import retrained
 from perennial.plan.sources import numbers_of, unknown_of, warnings_of
+from perennial.scaling.ledger import LedgerRun
 
 EVALUATION_COST = 1 / 3
 """Forward over forward and backward."""
@@ -33,17 +36,19 @@ def make_plan(
     share: float | None = None,
     how: str | None = None,
     calibration: Calibration | None = None,
-    ledger: Sequence[Mapping[str, Any]] = (),
+    ledger: Sequence[LedgerRun] = (),
+    law: LawFile | None = None,
     kind: str = "unknown",
     with_energy: bool = False,
     new_model: NewModel | None = None,
 ) -> Plan:
     """The plan for a budget. Raises UserError.
 
-    `share`, `how`: as asked for; ledger: rows of finished runs; kind: of the shift, as far as it is known; new_model:
-    for one that is no continuation.
+    `share`, `how`: as asked for; ledger: finished runs; law: a law file, for a continuation; kind: of the shift, as far
+    as it is known; new_model: for one that is no continuation.
     """
-    laws = own_laws(calibration, ledger, facts.parent_tokens)
+    new, old = ([text.name for text in facts.texts if text.is_old == is_old] for is_old in (False, True))
+    laws = own_laws(calibration, ledger, new=new, old=old, parent_tokens=facts.parent_tokens)
     old_before = facts.old_before
     if old_before is None and calibration is not None:
         old_before = calibration.old_before
@@ -55,9 +60,10 @@ def make_plan(
         peak=best_peak(calibration) if calibration else None,
         new_model=new_model,
         noise_batch=calibration.noise_batch_tokens if calibration else None,
+        law=law,
     )
-    asked = budget.flops(facts.flops_per_token) / facts.flops_per_token
-    _check_enough(facts, budget, asked)
+    affordable = budget.flops(facts.flops_per_token) / facts.flops_per_token
+    _check_enough(facts, budget, affordable)
     has_old = new_model is None and any(text.is_old for text in facts.texts)
     warnings: list[str] = []
     if new_model is None and not has_old:
@@ -65,8 +71,8 @@ def make_plan(
             "no old text was found where the lineage has it, nor named: nothing is replayed, and much will be "
             "forgotten; say where it is with --replay NAME=PATH"
         )
-    chosen = share if share is not None else best_share(known, asked, has_old)
-    tokens = _limited(facts, asked, chosen or 0.0, warnings)
+    chosen = share if share is not None else best_share(known, affordable, has_old)
+    tokens = _limited(facts, affordable, chosen or 0.0, warnings)
     most = most_replay(facts, tokens)
     if share is None and has_old and most < (published.SHARES[2] if chosen is None else chosen):
         chosen = most
@@ -86,6 +92,9 @@ def make_plan(
     curve = tuple(outlook(known, s, made.tokens) for s in shares)
     averages = {o.share: o.average for o in curve if o.average is not None}
     cost = _cost(facts, budget, made.tokens, made.flops, made.evaluated_tokens, with_energy)
+    says = asked(law, facts, old_before, made.share, made.tokens)
+    again = retrained(known, expected, facts.parent_tokens + made.tokens, says) if new_model is None else None
+    own_numbers = [*says.numbers, *([again.number] if again else [])]
     return Plan(
         facts=facts,
         budget=budget,
@@ -95,10 +104,11 @@ def make_plan(
         best_share=min(averages, key=lambda s: averages[s]) if averages else None,
         cost=cost,
         retraining=_retraining(facts, budget, made, with_energy),
+        retraining_loss=again.loss if again else None,
         alternatives=_alternatives(known, budget, made, choice, has_old, with_energy),
-        numbers=tuple(numbers_of(known, budget, made, expected, cost, choice, share)),
-        warnings=(*warnings, *warnings_of(known, budget, made, calibration)),
-        unknown=tuple(unknown_of(known, made.tokens, has_old)),
+        numbers=(*numbers_of(known, budget, made, expected, cost, choice, share), *own_numbers),
+        warnings=(*warnings, *says.notes, *warnings_of(known, budget, made, calibration)),
+        unknown=(*unknown_of(known, made.tokens, has_old), *says.unknown),
     )
 
 

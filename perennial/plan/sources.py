@@ -7,9 +7,10 @@ import numpy as np
 from perennial.core.amounts import human
 from perennial.plan import published
 from perennial.plan.budgets import Budget
-from perennial.plan.calibration import FARTHEST, Calibration, mismatches
+from perennial.plan.calibration import Calibration, mismatches
 from perennial.plan.numbers import Kind, Number
-from perennial.plan.outlooks import Knowledge, row_of
+from perennial.plan.outlooks import Knowledge, forgotten_by_law, row_of
+from perennial.plan.own_runs import FARTHEST
 from perennial.plan.parts import Choice, Cost, Draft, Facts, Outlook
 from perennial.plan.transfer import Estimate, RunLaw
 from perennial.scaling.laws.adamw_timescale import AdamWTimescale
@@ -129,11 +130,16 @@ def _loss_rows(known: Knowledge, outlook: Outlook) -> list[_Row]:
     if known.new_model is not None:
         kind: Kind = known.new_model.kind if outlook.new else "unknown"
         return [("loss", _mean(outlook.new), "nats/token", kind, known.new_model.source)]
-    of_old = known.laws.old if outlook.old_change is None else None
-    return [
-        ("new loss", _mean(outlook.new), "nats/token", *_loss_source(known.laws.new, outlook.new, known)),
-        ("old loss", _mean(outlook.old), "nats/token", *_loss_source(of_old, outlook.old, known)),
+    rows: list[_Row] = [
+        ("new loss", _mean(outlook.new), "nats/token", *_new_source(known, outlook)),
+        ("old loss", _mean(outlook.old), "nats/token", *_old_source(known, outlook)),
     ]
+    if outlook.new_change is not None and outlook.share:
+        own = known.laws.replay_cost
+        words = f"runs that differ in the share alone, of your own {own.num_runs} runs" if own else published.SOURCE
+        kind = "own runs" if own else "published"
+        rows.append(("rise of the new loss by replay", outlook.new_change.mean, "", kind, words))
+    return rows
 
 
 def _mean(estimate: Estimate | None) -> float | None:
@@ -165,12 +171,26 @@ def _speed_source(budget: Budget) -> tuple[Kind, str]:
     return "assumed", f"{budget.device.source}; MFU {budget.device.mfu:g}: {budget.device.mfu_source}"
 
 
-def _loss_source(law: RunLaw | None, estimate: Estimate | None, known: Knowledge) -> tuple[Kind, str]:
-    if estimate is None:
+def _new_source(known: Knowledge, outlook: Outlook) -> tuple[Kind, str]:
+    if outlook.new is None or known.laws.new is None:
         return "unknown", known.laws.reason or "own runs are too small to say"
-    if law is not None:
-        return "own runs", f"law through {law.num_runs} runs, which it meets within {law.residual:.2%}"
-    return "published", f"the parent's loss and {published.SOURCE}, shift {known.kind}: wide"
+    return "own runs", _law_words(known.laws.new)
+
+
+def _old_source(known: Knowledge, outlook: Outlook) -> tuple[Kind, str]:
+    if outlook.old is None:
+        return "unknown", "the parent's own is not recorded"
+    if outlook.old_change is not None:
+        return "published", f"the parent's loss and {published.SOURCE}, shift {known.kind}: wide"
+    law = known.laws.old
+    if law is not None and known.own(law, row_of(known, outlook.share, outlook.tokens)):
+        return "own runs", _law_words(law)
+    assert known.law is not None, "what else tells it"
+    return "own runs", known.law.source
+
+
+def _law_words(law: RunLaw) -> str:
+    return f"law through your own {law.num_runs} runs, which it meets within {law.residual:.2%}"
 
 
 def unknown_of(known: Knowledge, tokens: int, has_old: bool) -> list[str]:
@@ -188,8 +208,11 @@ def unknown_of(known: Knowledge, tokens: int, has_old: bool) -> list[str]:
     for side, law in (("new", known.laws.new), ("old", known.laws.old)):
         if side == "old" and not (has_old or known.facts.parent_tokens):
             continue
+        if side == "old" and forgotten_by_law(known, 0.05, tokens) is not None:
+            continue
         if law is None:
-            lines.append(f"{side} loss: cannot know from your own runs: {known.laws.reason}; {how}")
+            why = known.laws.reason if side == "new" else known.laws.old_reason
+            lines.append(f"{side} loss: cannot know from your own runs: {why}; {how}")
         elif not known.own(law, row):
             lines.append(
                 f"{side} loss: cannot know: the largest of your own runs is {law.times_outside(row):.3g} times "
@@ -210,6 +233,7 @@ def warnings_of(known: Knowledge, budget: Budget, made: Draft, calibration: Cali
     for text in facts.texts:
         if text.is_estimate:
             lines.append(f"{text.name}: {human(text.tokens, 'tokens')} are an estimate ({text.basis})")
+    lines += _measured_otherwise(facts, made)
     epochs = made.tokens * (1 - made.share) / facts.fresh_tokens
     if epochs > published.FREE_EPOCHS:
         worth = published.value_of_epochs(epochs)
@@ -231,6 +255,16 @@ def warnings_of(known: Knowledge, budget: Budget, made: Draft, calibration: Cali
     if known.new_model is None:
         lines.append(growth(facts, made.tokens))
     return lines
+
+
+def _measured_otherwise(facts: Facts, made: Draft) -> list[str]:
+    """Old losses that the run will measure on another part of the validation text than the parent was measured on."""
+    return [
+        f"the parent's loss on {name} was measured on {tokens} tokens, this run will measure on "
+        f"{made.measured_on[name]}: the report cannot compare the two; plan with --set evaluation.tokens={tokens}"
+        for name, tokens in facts.old_measured_on.items()
+        if made.measured_on.get(name, tokens) != tokens
+    ]
 
 
 def growth(facts: Facts, tokens: float) -> str:

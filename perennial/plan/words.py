@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from perennial.core.amounts import human, human_bytes
 from perennial.plan.numbers import Number
 from perennial.plan.parts import Alternative, Plan, describe_cost
+from perennial.plan.retraining import NAME as RETRAINING
 from perennial.plan.transfer import Estimate
 
 _WIDTH = 118
@@ -32,7 +33,11 @@ def to_text(plan: Plan) -> str:
         "",
         *(_curve(plan) if is_update else []),
         f"Cost: {describe_cost(plan.cost)}{_memory(plan)}",
-        *([f"Retraining on everything for about the same result: {_retraining(plan)}"] if is_update else []),
+        *(
+            _wrapped_plain(f"Retraining on everything for about the same result: {_retraining(plan)}")
+            if is_update
+            else []
+        ),
         "",
         "Alternatives",
         *(line for alternative in plan.alternatives for line in _alternative(alternative, is_update)),
@@ -104,7 +109,10 @@ def _memory(plan: Plan) -> str:
 def _retraining(plan: Plan) -> str:
     times = plan.retraining.flops / plan.cost.flops
     words = f"{describe_cost(plan.retraining)}: {times:.3g} times the cost"
-    return words + " (Ibrahim et al. 2024, arXiv 2403.08763: the mean of both losses within 1 to 4% of it)"
+    (number,) = (number for number in plan.numbers if number.name == RETRAINING)
+    loss = plan.retraining_loss
+    reached = "loss: cannot know" if loss is None else f"loss {loss.mean:.3f} [{loss.low:.3f}, {loss.high:.3f}]"
+    return f"{words}; {reached} ({number.kind}: {number.source})"
 
 
 def _alternative(alternative: Alternative, is_update: bool) -> list[str]:
@@ -114,6 +122,10 @@ def _alternative(alternative: Alternative, is_update: bool) -> list[str]:
         losses = f"old {_loss(outlook.old, outlook.old_change, 'parent')}, {losses}"
     text = f"{alternative.name} ({alternative.why}): {losses}; {describe_cost(alternative.cost)}"
     return [*_wrapped(text, "  "), f"    {alternative.command}"]
+
+
+def _wrapped_plain(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

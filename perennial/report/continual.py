@@ -10,7 +10,8 @@ import numpy as np
 
 from perennial import __version__
 from perennial.core.files import write_text
-from perennial.report.charts import Frame, Line, line_chart
+from perennial.report.charts import Line
+from perennial.report.frontier import Point, frontier_chart
 from perennial.report.markup import Column, amount, escape, flops, seconds, swatch, table
 from perennial.report.style import SHEET
 
@@ -101,24 +102,20 @@ def _recipes(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _frontier(rows: Sequence[Mapping[str, Any]], index: int) -> str:
     """Adaptation over forgetting: up and to the left is better."""
-    points = [(i, row) for i, row in enumerate(rows) if row["forgetting"] and row["adaptation"]]
-    lines = [
-        Line(row["label"], np.array([row["forgetting"][0]]), np.array([row["adaptation"][0]]), i, markers=True)
-        for i, row in points
-    ]
+    known = [(i, row) for i, row in enumerate(rows) if row["forgetting"] and row["adaptation"]]
+    points = [Point(row["label"], row["forgetting"][0], row["adaptation"][0], i) for i, row in known]
+    ladders: list[Line] = []
     for beginning, words in _LADDERS:
-        steps = [(i, row) for i, row in points if row["run"].startswith(beginning)]
+        steps = [(i, row) for i, row in known if row["run"].startswith(beginning)]
         if len(steps) > 1:
             x = np.array([row["forgetting"][0] for _, row in steps])
             y = np.array([row["adaptation"][0] for _, row in steps])
-            lines.insert(0, Line(words, x, y, steps[0][0]))
-    frame = Frame(
+            ladders.insert(0, Line(words, x, y, steps[0][0]))
+    chart = frontier_chart(
+        points,
         key=f"frontier-{index}",
-        title="Forgetting against adaptation",
         x_label="forgetting: rise of the old loss over the annealed base, nats (left is better)",
         y_label="adaptation: fall of the new loss, nats (up is better)",
-        x_unit="nats",
+        paths=ladders,
     )
-    chart = line_chart(lines, frame)
-    figure = f"<figure><figcaption>{escape(frame.y_label)}</figcaption>{chart}</figure>"
-    return f'<div class="charts">{figure}</div>' if chart else ""
+    return f'<div class="charts">{chart}</div>' if chart else ""

@@ -6,7 +6,7 @@ Two laws, one per domain, are fitted to the same runs: `replay` where runs diffe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from perennial.scaling.fitting import Fit, as_columns, fit
 from perennial.scaling.laws.base import Law
 from perennial.scaling.laws.domain_share import DomainShare
 from perennial.scaling.laws.replay import Replay
+from perennial.scaling.ledger import NEW, OLD, LedgerRun
 
 PUBLISHED_SHARES: Mapping[float, float] = {0.46e9: 0.298, 0.94e9: 0.349, 1.6e9: 0.414, 3.1e9: 0.478}
 """Largest share of new (finance) data that lets the old loss rise by at most 0.05 nats in 20B tokens, by parameters.
@@ -125,6 +126,19 @@ def fit_replay_laws(
         inputs = _inputs(law, own, size, tokens)
         fits.append(fit(law, {**inputs, "loss": columns[name]}, bootstrap=bootstrap, seed=seed))
     return ReplayLaws(*fits)
+
+
+def replay_table(runs: Sequence[LedgerRun]) -> dict[str, np.ndarray]:
+    """Columns for `fit_replay_laws` from the finished updates of a ledger that were measured on both sides."""
+    rows = [
+        (run.replay, old, new, run.parameters, run.tokens)
+        for run in runs
+        if run.is_update
+        and (old := run.mean(OLD, run.losses)) is not None
+        and (new := run.mean(NEW, run.losses)) is not None
+    ]
+    columns = np.array(rows, dtype=np.float64).reshape(-1, 5).T
+    return dict(zip(("replay_share", "old_loss", "new_loss", "parameters", "tokens"), columns, strict=True))
 
 
 def effective_tokens(transferred: ArrayLike, tokens: ArrayLike) -> np.ndarray:

@@ -20,6 +20,18 @@ SIZE_WEIGHT = Coefficient("A", "nats/token", 0.0, np.inf, True, "weight of the s
 DATA_WEIGHT = Coefficient("B", "nats/token", 0.0, np.inf, True, "weight of the data term", ("beta", "tokens"))
 SIZE_EXPONENT = Coefficient("alpha", "1", 0.01, 2.0, False, "exponent of size")
 DATA_EXPONENT = Coefficient("beta", "1", 0.01, 2.0, False, "exponent of data")
+MAIN = (IRREDUCIBLE, SIZE_WEIGHT, DATA_WEIGHT, SIZE_EXPONENT, DATA_EXPONENT)
+TIED = (
+    IRREDUCIBLE,
+    SIZE_WEIGHT,
+    Coefficient("B", "nats/token", 0.0, np.inf, True, "weight of the data term", ("alpha", "tokens")),
+    Coefficient("alpha", "1", 0.01, 2.0, False, "exponent of size and of data"),
+)
+"""The same with one exponent."""
+REPEAT_DECAY = Coefficient(
+    *("repeat_decay", "repeats", 0.05, 1e4, True, "repeats after which data have lost 63% of their value"),
+    vanishing="high",
+)
 OUTER_EXPONENT = Coefficient("gamma", "1", 0.1, 10.0, True, "power of the sum of both terms")
 
 FLOPS_PER_TOKEN_AND_PARAMETER = 6.0

@@ -20,20 +20,20 @@ from torch import Tensor
 from perennial.core.errors import UserError
 
 Weights = Mapping[str, Tensor]
-"""Parameters by name, all of one model."""
+"""Parameters by name, all of one model; each may be read from a file only when it is asked for."""
 
 
 @torch.no_grad()
-def weighted_mean(models: Sequence[Weights], shares: Sequence[float]) -> dict[str, Tensor]:
-    """The average of models with the same parameters; a share of 0 leaves one out, one of 1 copies it to the bit."""
+def weighted_mean(models: Sequence[Weights], shares: Sequence[float], name: str) -> Tensor:
+    """One parameter of the average of models, in fp32; a share of 0 leaves one out, one of 1 copies it to the bit."""
     taken = [(weights, share) for weights, share in zip(models, shares, strict=True) if share > 0]
-    result = {}
-    for name, first in taken[0][0].items():
-        mean = torch.zeros_like(first, dtype=torch.float32) if len(taken) > 1 else first.float().clone()
-        for weights, share in taken if len(taken) > 1 else ():
-            mean.add_(weights[name].float(), alpha=share)
-        result[name] = mean
-    return result
+    if len(taken) == 1:
+        return taken[0][0][name].float()
+    first, share = taken[0]
+    mean = first[name].float() * share
+    for weights, share in taken[1:]:
+        mean.add_(weights[name].float(), alpha=share)
+    return mean
 
 
 def normalised(shares: Sequence[float], number: int) -> list[float]:

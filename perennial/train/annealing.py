@@ -19,13 +19,14 @@ from typing import Any
 
 from perennial.core.amounts import human
 from perennial.core.errors import UserError
+from perennial.core.files import relative_to
 from perennial.core.lineage import Lineage, StageRecord
 from perennial.core.settings import override
 from perennial.data.replay import REPLAY as REPLAYED
 from perennial.train.continuations.base import ANNEAL, stands_on_trunk
 from perennial.train.continuing import Derived, as_before, budget_of, holds_moments, starting_checkpoint, with_manner
 from perennial.train.recipe import REPLAY, parse_recipe
-from perennial.train.resolve import read_parent, relative_to
+from perennial.train.starting import read_parent
 
 
 def derive_anneal(

@@ -49,7 +49,8 @@ def average_with_parent(
     out: Path, checkpoint: Path, old: Mapping[str, Path], new: Mapping[str, Path], *, quiet: bool = False
 ) -> dict[str, Any]:
     """Writes OUT/averaged, the average of a finished run and its parent with the lowest mean of old and new losses."""
-    from perennial.train.merging import Search, merge
+    from perennial.train.merging import merge
+    from perennial.train.merging_search import Search
 
     target = out / "averaged"
     if target.exists():

@@ -21,6 +21,7 @@ from typing import Any
 from perennial.core import plugins
 from perennial.core.amounts import Amount, human, parse
 from perennial.core.errors import UserError
+from perennial.core.files import relative_to
 from perennial.core.lineage import STATE_FOLDER, Lineage, StageRecord, has_lineage, newest_checkpoint
 from perennial.core.lineage import read as read_lineage
 from perennial.core.progress import Progress
@@ -31,11 +32,12 @@ from perennial.model.foreign import TransformersConfig, num_parameters
 from perennial.train import choosing, origin
 from perennial.train.around_the_run import average_with_parent, best_part
 from perennial.train.continuations.base import Continuation, Planned, Situation
-from perennial.train.given_data import check_given, is_prepared, prepared
+from perennial.train.corpora import old_corpora
+from perennial.train.given_data import check_given, is_prepared, prepared_data
 from perennial.train.origin import ESTIMATE, WARNING, Manner
 from perennial.train.recipe import REPLAY, ParentFacts, Recipe, parse_recipe, read
-from perennial.train.resolve import Parent, old_corpora, read_parent, relative_to
 from perennial.train.shift import measured_shift, replay_share
+from perennial.train.starting import Parent, read_parent
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def derive(
     how: str | Mapping[str, Any] | None = None,
     schedule: str | None = None,
     also_measured: Mapping[str, Path] | None = None,
+    objective: Mapping[str, Any] | None = None,
     optimizer_state: str = "keep",
     seed: int | None = None,
     facts: ParentFacts | None = None,
@@ -93,9 +96,9 @@ def derive(
     replay: '25%', '0%' or None (chosen by the measured shift); stand_ins: corpora to mix in as old data instead of the
     lineage's; how: the way of continuing, one of `perennial list continuations` or a mapping with its name and settings
     (None: chosen by lineage, shift and budget); schedule: a synonym of `how`; also_measured: further corpora whose
-    losses are followed; facts: what is known of a parent that Perennial did not train; settings: 'key=value' texts that
-    change the derived recipe; micro_batch: what was chosen before by the memory that was free then; shift: measures the
-    parent's bits per byte on (old, new). Raises UserError.
+    losses are followed; objective: of every stage, in the place of the way's own; facts: what is known of a parent that
+    Perennial did not train; settings: 'key=value' texts that change the derived recipe; micro_batch: what was chosen
+    before by the memory that was free then; shift: measures the parent's bits per byte on (old, new). Raises UserError.
     """
     facts, stand_ins = facts or ParentFacts(), stand_ins or {}
     _check_names(data, stand_ins)
@@ -135,6 +138,8 @@ def derive(
     )
     name_of_way, continuation, planned = _planned(how if how is not None else schedule, situation, reasons)
     reasons += [replay_reason, *planned.reasons]
+    own = {"objective": dict(objective)} if objective else {}
+    reasons += [f"objective: {', '.join(f'{k} {v}' for k, v in objective.items())}"] if objective else []
 
     def place(path: Path) -> str:
         return relative_to(path.resolve(), base.resolve())
@@ -147,7 +152,7 @@ def derive(
         "corpora": {n: place(p) for n, p in {**data, **stand_ins}.items()},
         **({"stand_ins": list(stand_ins)} if stand_ins else {}),
         **({"moved": {n: place(p) for n, p in moved.items()}} if moved else {}),
-        "stages": [with_manner(stage, manner) for stage in planned.stages],
+        "stages": [with_manner({**stage, **own}, manner) for stage in planned.stages],
         **({"evaluation": {"corpora": {n: place(p) for n, p in also_measured.items()}}} if also_measured else {}),
         "batch": manner.batch,
         "clip": manner.clip,
@@ -320,17 +325,15 @@ def continue_run(
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         _announce(asked.reasons, quiet=quiet or dry_run)
-    old = {n: corpus.path for n, corpus in old_corpora(asked.recipe, base, asked.parent).items()}
-    old |= {n: path for n, path in given.items() if n in asked.parent.lineage.corpora and is_prepared(path)}
+    old = old_data(asked, given, base)
     with undone_on_error(out) if is_main else contextlib.nullcontext():
         how: dict[str, Any] = {"checkpoint": checkpoint, "out": out, "text_field": text_field}
         how |= {"validation": validation, "quiet": quiet}
-        replayed = {n: prepared(n, p, against=list(old.values()), **how) for n, p in (stand_ins or {}).items()}
-        known = [*old.values(), *replayed.values()]
-        fresh = {n: prepared(n, p, against=known, **how) for n, p in data.items()}
+        replayed, fresh = prepared_data(data, stand_ins or {}, old, how)
         if selects:
             whole = derive(checkpoint, fresh, stand_ins=replayed, budget=budget, base=base, name=name, **choices)
             choices["also_measured"] = fresh
+            known = [*old.values(), *replayed.values()]
             fresh = best_part(checkpoint, fresh, whole.subset_share, {**how, "against": known})
         derived = derive(
             checkpoint,
@@ -358,6 +361,12 @@ def continue_run(
     if averages and result["result"]["complete"] and is_main:
         result["averaged"] = average_with_parent(out, checkpoint, old or replayed, fresh, quiet=quiet)
     return result
+
+
+def old_data(asked: Derived, given: Mapping[str, Path], base: Path) -> dict[str, Path]:
+    """Where the corpora lie that the parent consumed, those included that are given once more."""
+    old = {n: corpus.path for n, corpus in old_corpora(asked.recipe, base, asked.parent).items()}
+    return old | {n: path for n, path in given.items() if n in asked.parent.lineage.corpora and is_prepared(path)}
 
 
 def _chosen_before(out: Path) -> int | None:

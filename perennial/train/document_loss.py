@@ -23,7 +23,7 @@ class _Batch:
 
     def __init__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         self.inputs, self.targets = inputs, targets
-        self.segments = None
+        self.segments = self.source = None
 
 
 def document_losses(

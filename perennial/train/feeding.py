@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from perennial.data.loader import Batch
@@ -28,6 +30,8 @@ class TorchBatch:
     inputs: Tensor
     targets: Tensor
     segments: Tensor | None
+    source: NDArray[np.int64] | None = None
+    """(B,), on the host, where it decides what is computed: index of each row's source in the stage's mixture."""
 
 
 _SLOTS = 3
@@ -101,10 +105,12 @@ class Feeder:
         segments = others[0] if others else None
         pieces = []
         for part in _parts(rows, micro_batch):
-            pieces.append(TorchBatch(inputs[part], targets[part], None if segments is None else segments[part]))
+            own = None if segments is None else segments[part]
+            pieces.append(TorchBatch(inputs[part], targets[part], own, batch.source[part]))
         for _ in range(math.ceil((most_rows or rows) / micro_batch) - len(pieces)):
             nothing = torch.full_like(targets[:1], IGNORED)
-            pieces.append(TorchBatch(inputs[:1], nothing, None if segments is None else segments[:1]))
+            own = None if segments is None else segments[:1]
+            pieces.append(TorchBatch(inputs[:1], nothing, own, batch.source[:1]))
         return pieces
 
     def numbers(self, *values: float) -> Tensor:

@@ -81,6 +81,18 @@ def prepared(
     return folder
 
 
+def prepared_data(
+    data: Mapping[str, Path], stand_ins: Mapping[str, Path], old: Mapping[str, Path], how: Mapping[str, Any]
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """(what stands in for old data, the new data) as prepared corpora; `how`: further arguments of `prepared`.
+
+    Documents of the `old` corpora are left out, in the new data those of the stand-ins too.
+    """
+    replayed = {n: prepared(n, p, against=list(old.values()), **how) for n, p in stand_ins.items()}
+    known = [*old.values(), *replayed.values()]
+    return replayed, {n: prepared(n, p, against=known, **how) for n, p in data.items()}
+
+
 def _cut_like(corpora: list[Path]) -> dict[str, Any]:
     """The size at which the parent's documents were cut: duplicates are found part by part."""
     for path in corpora:

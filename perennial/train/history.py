@@ -10,7 +10,8 @@ from perennial.core import plugins
 from perennial.core.settings import raise_problems
 from perennial.data.corpus import Corpus
 from perennial.data.mixture import StageOrder
-from perennial.train.resolve import Resolved, ResolvedStage, stage_order
+from perennial.train.resolved import Resolved, ResolvedStage
+from perennial.train.stage_sources import stage_order
 from perennial.train.state import Progress
 
 Corpora = Mapping[str, Corpus]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from perennial.core.amounts import human_bytes
-from perennial.core.environment import memory_bytes, usable_cores
+from perennial.core.environment import memory_bytes, usable_cores, with_variables
 from perennial.core.errors import TrainingStopped, UserError
 from perennial.model.memory import CPU_PROCESS_BYTES
 from perennial.train import continuing, workers
@@ -77,7 +77,7 @@ def run_processes(arguments: Sequence[str], *, processes: int, max_restarts: int
     with tempfile.TemporaryDirectory(prefix="perennial-") as name:
         folder = Path(name)
         variables = {**_variables(processes), workers.FOLDER_VARIABLE: name}
-        with _set_variables(variables), _passing_signals_on(folder), _without_logging():
+        with with_variables(variables), _passing_signals_on(folder), _without_logging():
             ended = _run_agent(list(arguments), folder, processes, max_restarts)
         return _told(folder, ended, max_restarts)
 
@@ -191,21 +191,6 @@ def _variables(processes: int) -> dict[str, str]:
     if loopback:  # found without the network's name service, and not open to other machines
         wanted["GLOO_SOCKET_IFNAME"] = loopback[0]
     return {name: value for name, value in wanted.items() if name not in os.environ}
-
-
-@contextlib.contextmanager
-def _set_variables(variables: dict[str, str]) -> Iterator[None]:
-    """Sets environment variables, for the body and the processes it starts."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

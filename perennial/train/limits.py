@@ -9,10 +9,11 @@ from perennial.core.environment import memory_bytes as machine_memory_bytes
 from perennial.core.errors import UserError
 from perennial.core.layout import Layout, choose_layout
 from perennial.model.foreign import AnyConfig, check_divisible, num_parameters, state_bytes
-from perennial.model.memory import Training, optimizer_bytes, state_by_kind
+from perennial.model.memory import optimizer_bytes, state_by_kind
+from perennial.model.memory_terms import Training
 from perennial.train.history import component
 from perennial.train.parallel import World, device_bytes, processes_per_machine
-from perennial.train.resolve import Resolved, ResolvedStage
+from perennial.train.resolved import Resolved, ResolvedStage
 
 
 def layout_for(resolved: Resolved, config: AnyConfig, world: World) -> Layout:

@@ -21,7 +21,7 @@ import torch
 from perennial.core.errors import TrainingStopped
 from perennial.core.lineage import checkpoints_of
 from perennial.core.seeds import derive
-from perennial.train.resolve import ResolvedStage
+from perennial.train.resolved import ResolvedStage
 from perennial.train.session import RunningStage, Session
 from perennial.train.spikes import is_spike
 from perennial.train.step import NonFinite, Queued, Update, make_update

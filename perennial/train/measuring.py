@@ -26,8 +26,8 @@ from perennial.train.checkpoint import verify
 from perennial.train.feeding import TorchBatch
 from perennial.train.origin import MAX_ROW_TOKENS
 from perennial.train.precision import autocast, native_precision
-from perennial.train.resolve import earlier_tokenizers
 from perennial.train.session import measure_with
+from perennial.train.starting import earlier_tokenizers
 
 if TYPE_CHECKING:
     from perennial.objectives.base import LanguageModel

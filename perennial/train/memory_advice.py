@@ -26,21 +26,14 @@ from perennial.core.amounts import human_bytes
 from perennial.core.environment import memory_bytes as machine_memory_bytes
 from perennial.core.errors import UserError
 from perennial.core.layout import Layout
+from perennial.model.activations import activation_bytes
 from perennial.model.config import ModelConfig
 from perennial.model.foreign import AnyConfig, num_parameters, parse_config
-from perennial.model.memory import (
-    GPU_PROCESS_BYTES,
-    Checkpointing,
-    Memory,
-    Training,
-    activation_bytes,
-    estimate,
-    optimizer_bytes,
-    stand_in,
-)
+from perennial.model.memory import GPU_PROCESS_BYTES, Memory, estimate, optimizer_bytes, stand_in
+from perennial.model.memory_terms import Checkpointing, Training
 from perennial.objectives.next_token import default_chunk
 from perennial.train.parallel import World, device_bytes, processes_per_machine
-from perennial.train.resolve import Resolved, ResolvedStage
+from perennial.train.resolved import Resolved, ResolvedStage
 
 SNAPSHOT = "memory_snapshot.pickle"
 """File in the run folder; pytorch.org/memory_viz shows it. It is never read here."""

@@ -12,11 +12,13 @@ from perennial.data.loader import Arrangement, Loader
 from perennial.data.mixture import StageOrder
 from perennial.data.replay import SourceSpec
 from perennial.model.through_transformers import AnyModel
+from perennial.objectives.base import StageData
 from perennial.train.history import component
 from perennial.train.other_models import PARENT, OtherModels
 from perennial.train.pulling import Pulling, single_rows, squared_gradients
-from perennial.train.resolve import ResolvedStage, stage_order
+from perennial.train.resolved import ResolvedStage
 from perennial.train.stage_parts import stage_data
+from perennial.train.stage_sources import stage_order
 
 if TYPE_CHECKING:
     from perennial.train.session import Session
@@ -33,24 +35,26 @@ class Opening:
         """The stage's objective with the models that it learns from."""
         objective = component("objectives", stage.objective)
         models = self._models.open(stage.models)
-        return objective.with_models([models[name] for name in objective.checkpoints()])
+        objective = objective.with_models([models[name] for name in objective.checkpoints()])
+        return objective.on_stage(self._data(stage))
 
     @contextmanager
     def loader(self, stage: ResolvedStage, order: StageOrder, objective: Any) -> Iterator[Loader]:
         """The rows of the stage as its objective is trained on them."""
-        session = self._session
-        resolved, quiet = session.resolved, session.is_quiet
-        data = stage_data(
+        with self._loader(order, objective.arrangement(self._data(stage))) as loader:
+            yield loader
+
+    def _data(self, stage: ResolvedStage) -> StageData:
+        session, resolved = self._session, self._session.resolved
+        return stage_data(
             [SourceSpec.from_json(source) for source in stage.sources],
             session.by_fingerprint,
             seed=resolved.seed,
             stage=stage.name,
             sequence_length=resolved.batch.sequence_length,
             document_mask=resolved.document_mask,
-            quiet=quiet,
+            quiet=session.is_quiet,
         )
-        with self._loader(order, objective.arrangement(data)) as loader:
-            yield loader
 
     def pulling(self, stage: ResolvedStage) -> Pulling | None:
         """The stage's pull; the parent is read, and weighed, anew when a run is resumed, and never stored twice."""

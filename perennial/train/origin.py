@@ -24,7 +24,8 @@ from perennial.model.card import license_of
 from perennial.model.config import ModelConfig
 from perennial.model.foreign import AnyConfig, num_parameters, row_limit
 from perennial.model.inspection import raw_config, weights_id
-from perennial.model.memory import Training, estimate
+from perennial.model.memory import estimate
+from perennial.model.memory_terms import Training
 from perennial.objectives.next_token import default_chunk
 from perennial.train.recipe import ParentFacts
 

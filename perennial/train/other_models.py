@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from perennial.core import lineage as lineages
 from perennial.core.errors import UserError
-from perennial.core.layout import Layout
 from perennial.core.settings import Settings
 from perennial.model.foreign import AnyConfig, check_rows, flops_per_token, num_parameters
 
@@ -69,20 +68,11 @@ def find_models(
     return list(found.values())
 
 
-def check_layout(stages: Sequence[Any], layout: Layout) -> None:
-    """Raises UserError where a stage reads other models and the model that is trained is spread over processes."""
-    for stage in stages:
-        if stage.models and layout.is_spread:
-            needs = "a pull" if stage.pull else f"objective {stage.objective['name']}"
-            raise UserError(
-                f"stage '{stage.name}': {needs} holds another model whole on every process, which a model that is "
-                f"itself spread over them leaves no room for; set parallel.shard=none and parallel.tensor=1, not "
-                f"{layout}"
-            )
-
-
 class OtherModels:
-    """Loads such models, each once for all that reads it, and lets go of those that a stage has no use for."""
+    """Loads such models, each once for all that reads it, and lets go of those that a stage has no use for.
+
+    Every process holds them whole, however the model that is trained is spread.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

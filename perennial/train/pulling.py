@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perennial.core.progress import Progress
 from perennial.data.loader import Loader
+from perennial.model.placement import local_part, part_like
 from perennial.model.through_transformers import AnyModel
 from perennial.objectives.next_token import NextToken
 from perennial.pulls.base import Pull
@@ -25,11 +26,18 @@ class Pulling:
     def __init__(
         self, model: nn.Module, parent: nn.Module, pull: Pull, importance: Mapping[str, Tensor] | None
     ) -> None:
-        """importance: by parameter name, or None for 1 everywhere. The models have the same parameters."""
+        """importance: by parameter name, or None for 1 everywhere. The models have the same parameters.
+
+        `model` may be spread over processes; `parent` and `importance` are whole.
+        """
         anchors = dict(parent.named_parameters())
         self.strength = pull.strength
         self._weights = [
-            (parameter, anchors[name].detach(), None if importance is None else importance[name])
+            (
+                parameter,
+                part_like(parameter, anchors[name].detach()),
+                None if importance is None else part_like(parameter, importance[name]),
+            )
             for name, parameter in model.named_parameters()
         ]
 
@@ -43,7 +51,7 @@ class Pulling:
             share = pulled / (1 + pulled)
             if unless is not None:
                 share = share * (1 - unless)
-            weight.lerp_(anchor, share)
+            local_part(weight).lerp_(anchor, share)
 
 
 def squared_gradients(

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from perennial.core import plugins
 from perennial.core.amounts import Amount, Budget, Span, parse
 from perennial.core.errors import UserError, nearest
+from perennial.core.predictions import Predictions
 from perennial.core.settings import Loc, Problem, Settings, check, override, raise_problems, read_yaml
 from perennial.model.config import ModelConfig
 from perennial.model.presets import PRESETS, shape
@@ -230,6 +231,8 @@ class Recipe(Settings):
     spikes: SpikeSettings = SpikeSettings()
     tensorboard: bool = False
     """Also write TensorBoard files to the run folder (needs the 'track' extra)."""
+    predictions: Predictions | None = None
+    """What `perennial plan` foretold of this run; it changes nothing, the report shows it beside what was measured."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 import os
 import time
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 import yaml
 
-from perennial.core import files, records
+from perennial.core import files, plugins, records
 from perennial.core.environment import tune_process
 from perennial.core.errors import UserError
+from perennial.core.files import relative_to
 from perennial.core.lineage import newest_checkpoint
 from perennial.core.progress import Progress as ProgressLine
 from perennial.core.settings import check, override, raise_problems, stable_hash
@@ -30,7 +32,8 @@ from perennial.train.limits import check_memory, check_processes
 from perennial.train.parallel import World, join_world, leave_world, wait_for_all
 from perennial.train.precision import autocast, native_precision
 from perennial.train.recipe import ParallelSettings, Recipe, parse_recipe, read
-from perennial.train.resolve import Resolved, describe, recipe_hash, relative_to, resolve
+from perennial.train.resolve import resolve
+from perennial.train.resolved import Resolved, describe, recipe_hash
 from perennial.train.session import Session
 from perennial.train.workers import rank
 
@@ -189,6 +192,13 @@ def train(folder: Path, *, parallel: Sequence[str] = (), quiet: bool = False) ->
     parallel: 'parallel.key=value' texts that spread it otherwise, this time. Raises UserError for bad input and
     TrainingStopped when training cannot go on.
     """
+    try:
+        return _train(folder, parallel, quiet=quiet)
+    finally:
+        gc.collect()  # a session's parts refer to each other; of many runs in one process each would stay in memory
+
+
+def _train(folder: Path, parallel: Sequence[str], *, quiet: bool) -> dict[str, Any]:
     tune_process()
     resolved = read_resolved(folder)
     resolved = resolved.model_copy(update={"parallel": changed_parallel(resolved, parallel)})
@@ -259,6 +269,12 @@ def _rebased(recipe: Recipe, base: Path, folder: Path) -> Recipe:
         data["parent"] = move(data["parent"])
     if data.get("evaluation", {}).get("corpora"):
         data["evaluation"]["corpora"] = {n: move(p) for n, p in data["evaluation"]["corpora"].items()}
+    for stage in data["stages"]:
+        objective = stage.get("objective")
+        if isinstance(objective, dict):
+            for key in plugins.load("objectives", objective["name"]).FOLDERS:
+                if isinstance(objective.get(key), list):
+                    objective[key] = [move(path) for path in objective[key]]
     return parse_recipe(data)
 
 

@@ -45,12 +45,11 @@ from perennial.train.history import component, order_of, stage_record
 from perennial.train.limits import check_memory, check_processes, layout_for, memory_bytes
 from perennial.train.new_rows import NewRows
 from perennial.train.opening import Opening
-from perennial.train.other_models import check_layout
 from perennial.train.parallel import Spread, World, placed, sum_values, summed, wait_for_all
 from perennial.train.precision import autocast, matmul_rate
 from perennial.train.pulling import Pulling
 from perennial.train.recovery import SetAside, sound_checkpoints
-from perennial.train.resolve import Resolved, ResolvedStage, rate_is_estimate
+from perennial.train.resolved import Resolved, ResolvedStage, rate_is_estimate
 from perennial.train.saver import Saver, could_not_write
 from perennial.train.saving import Crew
 from perennial.train.stalls import Lately, Stall, Stopwatch
@@ -91,7 +90,6 @@ class Session:
         config = parse_config(resolved.model)
         world = placed(world, layout_for(resolved, config, world))
         check_processes(resolved.batch.sequences, world.data_size)
-        check_layout(resolved.stages, world.layout)
         self.folder, self.resolved, self.world = folder, resolved, world
         self.crew = Crew(world)
         self.communication = component("communications", resolved.communication)

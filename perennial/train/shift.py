@@ -8,7 +8,7 @@ from pathlib import Path
 from perennial.core.amounts import parse
 from perennial.core.errors import UserError
 from perennial.train import origin
-from perennial.train.resolve import Parent
+from perennial.train.starting import Parent
 
 STRONG_SHIFT = 1.25
 """Ratio of the parent's bits per byte on the new data to those on its own above which a shift counts as strong.

@@ -32,6 +32,7 @@ def stage_data(
         document_mask=document_mask,
         quiet=quiet,
         corpora=tuple(corpora[source.fingerprint] for source in sources),
+        sources=tuple(sources),
     )
 
 

@@ -19,6 +19,8 @@ from perennial.train.recipe import parse_recipe
 from perennial.train.run import start
 from tests.workspace import Workspace
 
+SIZES = (30_000, 60_000, 120_000)
+
 
 @pytest.fixture(scope="module")
 def base(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -59,6 +61,65 @@ def test_a_plan_can_be_trained(
     assert "is there already" in capsys.readouterr().err
 
 
+def test_what_was_foretold_goes_with_the_recipe_and_is_compared(
+    base: Path, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = tmp_path / "update.yaml", tmp_path / "run"
+    words = [base, "--data", f"new={workspace.new}", "--budget", "1000 tokens", "--out", recipe]
+    found = planned(capsys, *words, "--set", "evaluation.tokens=2048 tokens", "--set", "evaluation.every=null")
+    assert not any("cannot compare the two" in warning for warning in found["warnings"])
+    assert main(["train", str(recipe), "--out", str(run), "--json"]) == 0
+    told = {one["name"]: one for one in json.loads(capsys.readouterr().out)["foretold"]}
+    old = told["Old loss (old)"]
+    assert old["predicted"]["value"] == pytest.approx(found["outlook"]["old"]["mean"], rel=1e-5)
+    assert old["why_not"] == ""
+    assert old["difference"] == pytest.approx(old["measured"] / old["predicted"]["value"] - 1)
+    assert told["FLOPs"]["difference"] == pytest.approx(0, abs=1e-6)
+    assert told["Time"]["why_not"] in ("", "planned for 1 x cpu, ran on cpu")
+    assert main(["report", str(run)]) == 0
+    assert "Predicted and measured" in (run / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+
+    other = tmp_path / "other"
+    assert main(["train", str(recipe), "stages.0.budget=512 tokens", "--out", str(other)]) == 0
+    assert "the recipe was changed after it was planned (stages)" in capsys.readouterr().out
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("predictions:\n  version: 1", "predictions:\n  version: 9"), encoding="utf-8")
+    assert main(["train", str(recipe), "--out", str(tmp_path / "third")]) == 2
+    assert "predictions.version: predictions of version 9" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_parent_that_was_measured_on_other_documents_is_told(
+    base: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = planned(capsys, base, "--data", f"new={workspace.new}", "--budget", "3000 tokens")
+    assert any("plan with --set evaluation.tokens=" in warning for warning in found["warnings"])
+
+
+def test_laws_and_a_ledger_of_ones_own(
+    base: Path, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger, law = tmp_path / "ledger.jsonl", tmp_path / "law.json"
+    table = [{"parameters": n, "tokens": d, "loss": 2 + 9 * n**-0.1 + 9 * d**-0.1} for n in SIZES for d in SIZES]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
+    fit = ["laws", "fit", str(tmp_path / "runs.jsonl"), "--form", "chinchilla", "--resamples", "20", "--out", str(law)]
+    assert main(fit) == 0
+    assert main(["laws", "ledger", str(base), "--out", str(ledger)]) == 0
+    capsys.readouterr()
+    words = [base, "--data", f"new={workspace.new}", "--budget", "3000 tokens"]
+    found = planned(capsys, *words, "--ledger", ledger, "--laws", law)
+    numbers = {number["name"]: number for number in found["numbers"]}
+    assert numbers["loss of the parent"]["source"].startswith("law file law.json: chinchilla through 9 runs")
+    assert numbers["loss of retraining"]["kind"] in ("own runs", "unknown")
+    assert any("your ledger has no updates on this new text" in line for line in found["unknown"])
+    ledger.write_text("{}", encoding="utf-8")
+    assert main(["plan", *map(str, words), "--ledger", str(ledger)]) == 2
+    assert "not a ledger: a row has no 'run'" in capsys.readouterr().err
+    assert main(["plan", *map(str, words), "--laws", str(ledger)]) == 2
+    assert "not a law file" in capsys.readouterr().err
+
+
 def test_in_words_and_in_other_budgets(base: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", f"new={workspace.new}", "--replay", "25%"]
     assert main(["plan", str(base), *data, "--budget", "1e9 FLOPs", "--out", "x.yaml", "--dry-run"]) == 0
@@ -66,6 +127,7 @@ def test_in_words_and_in_other_budgets(base: Path, workspace: Workspace, capsys:
     assert not Path("x.yaml").exists()
     for words in ("Recipe: rewarm", "<- this plan", "given: asked for with --replay", "cannot know", "Alternatives"):
         assert words in text
+    data += ["--set", "evaluation.tokens=512 tokens"]  # or evaluations take most of so short a time
     found = planned(capsys, base, *data, "--budget", "0.0002 s on 1 x L4")
     assert found["cost"]["hours"] * 3600 == pytest.approx(0.0002, rel=0.05)
     assert any("MFU 0.4" in warning for warning in found["warnings"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from perennial.core import plugins
-from perennial.objectives.base import IGNORED, Objective
+from perennial.core.errors import UserError
+from perennial.data.replay import SourceSpec
+from perennial.objectives.base import IGNORED, Objective, StageData
 
 VOCABULARY, WIDTH = 31, 8
 
@@ -35,11 +38,12 @@ class Model(torch.nn.Module):
 
 
 class Batch:
-    def __init__(self, rows: int = 5, length: int = 7) -> None:
+    def __init__(self, rows: int = 5, length: int = 7, source: list[int] | None = None) -> None:
         torch.manual_seed(9)
         self.inputs, targets = torch.randint(VOCABULARY, (2, rows, length))
         self.targets = targets.masked_fill(torch.rand(rows, length) < 0.2, IGNORED)
         self.segments = None
+        self.source = None if source is None else np.array(source)
 
 
 def distillation(models: list[Any], **settings: Any) -> Objective:
@@ -98,6 +102,56 @@ def test_weight_0_is_next_token() -> None:
     distillation([Model(1)], weight=0.0).loss(student, batch).total.backward()
     for one, other in zip(gradients(student), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def stage(**weights: float) -> StageData:
+    sources = [
+        SourceSpec(name.replace("_", "/"), "", name, weight, "replay" if "_" in name else "fresh", seed=1)
+        for name, weight in weights.items()
+    ]
+    return StageData(5, 7, False, True, corpora=(), sources=tuple(sources))
+
+
+@pytest.mark.parametrize("rows", ["replay", ["replay/old"]])
+@pytest.mark.parametrize("capped", [False, True])
+def test_rows_that_are_not_taught_are_plain_next_tokens(rows: Any, capped: bool) -> None:
+    """The sums over all rows are those over the taught rows by distillation and over the others without."""
+    student, teacher, source = Model(0, capped=capped).double(), Model(1).double(), [0, 1, 1, 0, 1]
+    batch = Batch(source=source)
+    objective = distillation([teacher], weight=0.6, rows=rows).on_stage(stage(new=0.75, replay_old=0.25))
+    loss = objective.loss(student, batch)
+    loss.total.backward()
+    found = gradients(student)
+    plain, _ = plugins.build("objectives", "next_token")
+    total = nats = torch.zeros((), dtype=torch.float64)
+    for taught in (0, 1):
+        part, own = Batch(), [row for row, of in enumerate(source) if of == taught]
+        part.inputs, part.targets = batch.inputs[own], batch.targets[own]
+        one = (distillation([teacher], weight=0.6) if taught else plain).loss(student, part)
+        total, nats = total + one.total, nats + one.nats
+    total.backward()
+    for one, other in zip(found, gradients(student), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert float(loss.nats) == pytest.approx(float(nats), rel=1e-12)
+    assert int(loss.count) == int((batch.targets != IGNORED).sum())
+
+
+def test_only_taught_rows_cost_a_teacher() -> None:
+    teacher, data = Model(1), stage(new=3.0, replay_old=1.0)
+    read: list[int] = []
+    teacher.register_forward_pre_hook(lambda _, given: read.append(len(given[0])))
+    objective = distillation([teacher], rows="replay")
+    assert objective.share_read(data) == 0.25
+    assert distillation([teacher]).share_read(data) == 1
+    for source in ([0, 0, 0], [0, 1, 0]):
+        objective.on_stage(data).loss(Model(0), Batch(3, source=source)).total.backward()
+    assert read == [1]
+
+
+@pytest.mark.parametrize(("rows", "message"), [(["nwe"], "Did you mean 'new'"), ("replay", "replays nothing")])
+def test_rows_that_the_mixture_does_not_have_are_refused(rows: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        distillation([Model(1)], rows=rows).check(stage(new=1.0))
 
 
 def test_bf16_autocast_stays_close() -> None:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from perennial.core import plugins
 from perennial.model import memory
 from perennial.model.layerwise import checkpoint_layers
-from perennial.model.memory import Training
+from perennial.model.memory_terms import Training
 from perennial.model.transformer import Transformer
 from perennial.objectives.next_token import NextToken
 from perennial.train import saving

@@ -12,9 +12,11 @@ import pytest
 from perennial.core import plugins
 from perennial.core.errors import UserError
 from perennial.core.layout import Layout, choose_layout
+from perennial.model.activations import activation_bytes
 from perennial.model.config import ModelConfig
 from perennial.model.foreign import TransformersConfig
-from perennial.model.memory import Training, activation_bytes, estimate, fits_replicated, stand_in, state_by_kind
+from perennial.model.memory import estimate, fits_replicated, stand_in, state_by_kind
+from perennial.model.memory_terms import Training
 from perennial.plan.memory import Run, Stage, layout_of, micro_batch_of, parse_bytes, plan_memory, to_text
 
 GIB = 1 << 30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,7 @@ from perennial.plan.calibration import (
     MeasuredSpeed,
     best_peak,
     mismatches,
-    own_laws,
     read,
-    read_ledger,
     write,
 )
 from perennial.plan.devices import cpu, find, measured
@@ -282,31 +279,6 @@ def test_the_best_peak_of_a_sweep() -> None:
     assert nothing.factor == 1.0
 
 
-def test_a_ledger_stands_in_for_a_calibration(tmp_path: Path) -> None:
-    rows = [
-        {
-            "parent": True,
-            "domain": "new",
-            "role": "new",
-            "replay": row.share,
-            "flops": row.flops,
-            "tokens": row.tokens,
-            "loss": row.loss,
-            "loss_before": 9.0,
-        }
-        for row in small_runs("new")
-    ]
-    path = tmp_path / "ledger.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    assert len(read_ledger(path, ["new"])) == len(rows)
-    assert read_ledger(path, ["other"]) == []
-    assert own_laws(None, read_ledger(path, ["new"]), 8e5).new is not None
-    assert own_laws(None, rows[:1], 8e5).reason == "one run only"
-    path.write_text("not a ledger", encoding="utf-8")
-    with pytest.raises(UserError, match="not a ledger"):
-        read_ledger(path, ["new"])
-
-
 # Plans
 
 
@@ -396,7 +368,12 @@ def test_a_plan_by_own_runs() -> None:
     assert len(plan.alternatives) >= 2
     assert not plan.unknown
     text = to_text(plan)
-    for words in ("<- lowest mean", "Alternatives", "Retraining on everything", "own runs: law through 9 runs"):
+    for words in (
+        "<- lowest mean",
+        "Alternatives",
+        "Retraining on everything",
+        "own runs: law through your own 9 runs",
+    ):
         assert words in text
     assert all(line.startswith("#") for line in header(plan).splitlines())
     assert plan.to_json()["curve"][0]["share"] == 0

@@ -16,15 +16,16 @@ from perennial.model.huggingface import load_model
 from perennial.surgery.average import greedy_soup, line, normalised, weighted_mean
 from perennial.train.continuing import continue_run, derive
 from perennial.train.measuring import evaluate_checkpoint
-from perennial.train.merging import Search, merge, to_text
+from perennial.train.merging import merge, to_text
+from perennial.train.merging_search import Search
 from perennial.train.recipe import parse_recipe
 from perennial.train.run import start
 
 
 def test_the_mean_is_exact_at_the_ends_and_fp32_between() -> None:
     first, second = ({"w": torch.tensor([1.0, 3.0], dtype=torch.bfloat16) * k} for k in (1, 3))
-    assert torch.equal(weighted_mean([first, second], [1.0, 0.0])["w"], first["w"].float())
-    between = weighted_mean([first, second], [0.25, 0.75])["w"]
+    assert torch.equal(weighted_mean([first, second], [1.0, 0.0], "w"), first["w"].float())
+    between = weighted_mean([first, second], [0.25, 0.75], "w")
     assert between.dtype == torch.float32
     assert between.tolist() == [2.5, 7.5]
 

@@ -96,7 +96,8 @@ def test_the_child_remembers_both_runs(workspace: Any, base: Path, tmp_path: Pat
 def test_replay_draws_only_rows_that_the_parent_saw(workspace: Any, base: Path, tmp_path: Path) -> None:
     from perennial.data.corpus import Corpus
     from perennial.data.loader import Loader
-    from perennial.train.resolve import read_parent, stage_order
+    from perennial.train.stage_sources import stage_order
+    from perennial.train.starting import read_parent
 
     recipe = workspace.recipe(batch={"sequences": 16, "sequence_length": 32})
     short = parse_recipe(recipe)

@@ -24,8 +24,8 @@ from perennial.train.continuing import continue_run, derive
 from perennial.train.measuring import evaluate_checkpoint
 from perennial.train.origin import stated_facts
 from perennial.train.recipe import parse_recipe, read
-from perennial.train.resolve import read_parent
 from perennial.train.run import make_run, start, train
+from perennial.train.starting import read_parent
 
 TOKENS = "4096 tokens"
 CARD = "---\nlicense: cc0-1.0\n---\n\n# Somebody's model\n"

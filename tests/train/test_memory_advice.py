@@ -12,7 +12,8 @@ import torch
 from perennial.core.errors import UserError
 from perennial.model.config import ModelConfig
 from perennial.model.foreign import TransformersConfig
-from perennial.model.memory import Training, estimate
+from perennial.model.memory import estimate
+from perennial.model.memory_terms import Training
 from perennial.train import loop, memory_advice
 from perennial.train.memory_advice import Facts, advice, asked_bytes, explained, explanation, is_out_of_memory
 from perennial.train.parallel import World

@@ -14,13 +14,11 @@ from safetensors.torch import load_file
 from perennial.cli.main import main
 from perennial.core import lineage, records
 from perennial.core.errors import UserError
-from perennial.core.layout import Layout
 from perennial.core.lineage import newest_checkpoint
 from perennial.data.prepare import PrepareSettings, prepare
 from perennial.evals.loss import losses_to_text
-from perennial.train.other_models import check_layout
 from perennial.train.parallel import World
-from perennial.train.recipe import parse_recipe
+from perennial.train.recipe import parse_recipe, read
 from perennial.train.resolve import resolve
 from perennial.train.run import start, train
 from tests.workspace import Workspace
@@ -107,7 +105,7 @@ def test_learning_from_the_parent_as_well_forgets_less(base: Path, plain: Path, 
     assert with_it["old"] < without["old"] - 0.02
     assert with_it["new"] < before["new"] - 0.1
     stage = lineage.read(newest_checkpoint(folder)).stages[-1]
-    settings = {"teacher": "parent", "weight": 0.5, "temperature": 1.0, "chunk_tokens": None}
+    settings = {"rows": "all", "teacher": "parent", "weight": 0.5, "temperature": 1.0, "chunk_tokens": None}
     assert stage.objective == {"name": "distillation", **settings}
     assert [model["name"] for model in stage.models] == ["parent"]
     assert stage.models[0]["checkpoint"] == lineage.read(newest_checkpoint(base)).checkpoint
@@ -145,6 +143,15 @@ def test_an_ensemble_is_distilled_into_one_model(
     mean = (alone["nats_per_token"] + at_end(other)["new"]) / 2
     assert together["nats_per_token"] < mean
     assert together["tokens"] == alone["tokens"]
+
+
+def test_the_recipe_of_a_run_names_its_teachers_from_where_it_lies(
+    base: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    recipe = continued(base, workspace, updates=2, objective={"name": "distillation", "teacher": ["base"]})
+    start(parse_recipe(recipe), tmp_path / "run", base=base.parent, quiet=True)
+    again = resolve(read(tmp_path / "run/recipe.yaml"), base=tmp_path / "run", precision="fp32")
+    assert again.stages[0].models[0].path == str(newest_checkpoint(base))
 
 
 def test_a_teacher_that_does_not_fit_is_refused(base: Path, workspace: Workspace, tmp_path: Path) -> None:
@@ -306,31 +313,28 @@ def test_a_parent_that_is_gone_is_missed_when_it_is_read_again(
 # Many processes
 
 
-@pytest.mark.slow
-def test_two_copies_of_the_model_compute_what_one_does(base: Path, workspace: Workspace, tmp_path: Path) -> None:
+def test_two_processes_compute_what_one_does(workspace: Workspace, tmp_path: Path) -> None:
+    """Copies of the model, parts of it, divided matrices: with a teacher for replayed rows, and a pull."""
     from tests.train.many_runs import run_all
 
-    methods = {"pull": {"name": "fisher", "strength": 20.0, "samples": 8}, "objective": "distillation"}
+    shape = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 64, "context": 64}
+    base = tmp_path / "base"
+    run(workspace.recipe(model={"options": shape}, checkpoints={"every": None}), base)
+    taught = {"name": "distillation", "rows": "replay"}
+    methods = {"pull": {"name": "fisher", "strength": 20.0, "samples": 8}, "objective": taught}
     recipe = continued(base, workspace, updates=6, **methods, optimizer="adamw", optimizer_state="reset")
+    recipe["stages"][0]["mixture"] = {"new": 0.5, "replay": 0.5}
     run(recipe, tmp_path / "one")
-    recipe["parallel"] = {"shard": "none"}
-    run_all([{"out": str(tmp_path / "two"), "recipe": recipe}], 2, tmp_path)
-    for (_, loss, norm), (_, wanted, wanted_norm) in zip(
-        losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True
-    ):
-        assert loss == pytest.approx(wanted, rel=1e-4)
-        assert norm == pytest.approx(wanted_norm, rel=1e-3)
-    assert distance(tmp_path / "two", tmp_path / "one") < 0.02 * distance(tmp_path / "one", base)
-
-
-def test_a_model_that_is_spread_takes_no_teacher_and_no_pull(base: Path, workspace: Workspace) -> None:
-    for method, words in (("l2", "a pull"), ("fisher", "a pull"), ("denoising", "")):
-        recipe = parse_recipe(continued(base, workspace, **METHODS[method]))
-        stages = resolve(recipe, base=Path(), precision="fp32").stages
-        check_layout(stages, Layout(replicas=2))
-        if words:
-            with pytest.raises(UserError, match=f"'update': {words} holds another model whole.*parallel.shard=none"):
-                check_layout(stages, Layout(shards=2))
+    layouts = {"copies": {"shard": "none"}, "parts": {"shard": "full"}, "divided": {"tensor": 2}}
+    asked = [{"out": str(tmp_path / name), "recipe": {**recipe, "parallel": how}} for name, how in layouts.items()]
+    run_all(asked, 2, tmp_path)
+    for name in layouts:
+        for (_, loss, norm), (_, wanted, wanted_norm) in zip(
+            losses(tmp_path / name), losses(tmp_path / "one"), strict=True
+        ):
+            assert loss == pytest.approx(wanted, rel=1e-4)
+            assert norm == pytest.approx(wanted_norm, rel=1e-3)
+        assert distance(tmp_path / name, tmp_path / "one") < 0.02 * distance(tmp_path / "one", base)
 
 
 # Memory

@@ -17,8 +17,8 @@ from perennial.core.lineage import newest_checkpoint
 from perennial.data.prepare import PrepareSettings, prepare
 from perennial.train.extending import Asked, extend_vocabulary
 from perennial.train.recipe import parse_recipe
-from perennial.train.resolve import read_parent
 from perennial.train.run import start, train
+from perennial.train.starting import read_parent
 from tests.workspace import Workspace
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -43,6 +43,8 @@ def after_the_demo(workspace: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     recipe["stages"][0]["budget"] = "16384 tokens"
     start(parse_recipe(recipe), root / "runs/base", base=Path(), quiet=True)
+    for member in range(1, 5):  # of recipes/ensemble.yaml, which its command trains
+        (root / f"runs/ensemble-{member}").symlink_to(root / "runs/base")
     return root
 
 

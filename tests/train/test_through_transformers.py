@@ -25,7 +25,7 @@ from perennial.train.limits import check_memory
 from perennial.train.measuring import evaluate_checkpoint
 from perennial.train.parallel import World
 from perennial.train.recipe import parse_recipe
-from perennial.train.resolve import describe
+from perennial.train.resolved import describe
 from perennial.train.run import plan, read_resolved, start, tokens_per_second, train
 from tests.foreign import CONTEXT, made, stored
 

@@ -72,6 +72,16 @@ def straight(workspace: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's list of mapped files")
+def test_a_run_that_is_over_leaves_nothing_in_memory(workspace: Any, tmp_path: Path) -> None:
+    """Corpora are mapped; many runs in one process would otherwise hold each one's pages, model and optimizer."""
+    corpora = {name: str(shutil.copytree(getattr(workspace, name), tmp_path / name)) for name in ("old", "new")}
+    recipe = {**two_stages(workspace), "corpora": corpora}
+    start(parse_recipe(recipe), tmp_path / "run", base=Path(), quiet=True)
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert not any(corpus in mapped for corpus in corpora.values())
+
+
 def test_the_loss_falls_and_everything_is_recorded(straight: Path) -> None:
     seen = losses(straight)
     assert len(seen) == 16

@@ -22,13 +22,7 @@ class Chinchilla(Law):
 
     INPUTS: ClassVar[tuple[Input, ...]] = (two_terms.PARAMETERS, two_terms.TOKENS)
     TARGET: ClassVar[Input] = two_terms.LOSS
-    COEFFICIENTS: ClassVar[tuple[Coefficient, ...]] = (
-        two_terms.IRREDUCIBLE,
-        two_terms.SIZE_WEIGHT,
-        two_terms.DATA_WEIGHT,
-        two_terms.SIZE_EXPONENT,
-        two_terms.DATA_EXPONENT,
-    )
+    COEFFICIENTS: ClassVar[tuple[Coefficient, ...]] = two_terms.MAIN
     EXAMPLES: ClassVar[list[dict[str, Any]]] = [
         {
             "settings": {},

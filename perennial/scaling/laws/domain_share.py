@@ -30,11 +30,7 @@ class DomainShare(Law):
     )
     TARGET: ClassVar[Input] = Input("loss", "nats/token", "on the evaluated domain")
     COEFFICIENTS: ClassVar[tuple[Coefficient, ...]] = (
-        two_terms.IRREDUCIBLE,
-        two_terms.SIZE_WEIGHT,
-        two_terms.DATA_WEIGHT,
-        two_terms.SIZE_EXPONENT,
-        two_terms.DATA_EXPONENT,
+        *two_terms.MAIN,
         Coefficient("eta", "1", 0.0, 5.0, False, "exponent of the share in the data term", vanishing="low"),
         Coefficient("C", "nats/token", 1e-9, 20.0, True, "weight of too small a share", vanishing="low"),
         Coefficient("epsilon", "share", 1e-6, 1.0, True, "share that counts as none"),

@@ -17,22 +17,15 @@ import numpy as np
 from pydantic import Field
 
 from perennial.scaling import two_terms
-from perennial.scaling.laws.base import Coefficient, Coefficients, Columns, Input, Law
+from perennial.scaling.laws.base import Coefficient, Coefficients, Columns
+from perennial.scaling.laws.chinchilla import Chinchilla
 
 
-class Gamma(Law):
+class Gamma(Chinchilla):
     """6 coefficients, one of them held near 1."""
 
-    INPUTS: ClassVar[tuple[Input, ...]] = (two_terms.PARAMETERS, two_terms.TOKENS)
-    TARGET: ClassVar[Input] = two_terms.LOSS
-    COEFFICIENTS: ClassVar[tuple[Coefficient, ...]] = (
-        two_terms.IRREDUCIBLE,
-        two_terms.SIZE_WEIGHT,
-        two_terms.DATA_WEIGHT,
-        two_terms.SIZE_EXPONENT,
-        two_terms.DATA_EXPONENT,
-        two_terms.OUTER_EXPONENT,
-    )
+    PUBLISHED: ClassVar[dict[str, dict[str, Any]]] = {}
+    COEFFICIENTS: ClassVar[tuple[Coefficient, ...]] = (*two_terms.MAIN, two_terms.OUTER_EXPONENT)
     EXAMPLES: ClassVar[list[dict[str, Any]]] = [
         {
             "settings": {"strength": 0.0},
@@ -50,7 +43,7 @@ class Gamma(Law):
     """Of the ridge on ln gamma; 0 leaves gamma free."""
 
     def predict(self, inputs: Columns, coefficients: Coefficients) -> np.ndarray:
-        """E + (A / N^alpha + B / D^beta)^gamma."""
+        """E + (A / N^alpha + B / D^beta)^gamma; with one exponent for both beta is alpha."""
         size, data = two_terms.terms(inputs, coefficients)
         return coefficients["E"] + (size + data) ** coefficients["gamma"]
 
@@ -59,12 +52,3 @@ class Gamma(Law):
 
     def ridge(self) -> Mapping[str, tuple[float, float]]:
         return {"gamma": (1.0, self.strength)}
-
-    def gradient(self, inputs: Columns, coefficients: Coefficients) -> Mapping[str, np.ndarray]:
-        return two_terms.gradient(inputs, coefficients)
-
-    def refusal(self, table: Columns) -> str | None:
-        return two_terms.refusal(table)
-
-    def compute(self, inputs: Columns) -> np.ndarray:
-        return two_terms.compute(inputs)

@@ -23,20 +23,8 @@ class RepeatPenalty(Law):
     INPUTS: ClassVar[tuple[Input, ...]] = (two_terms.PARAMETERS, two_terms.TOKENS, two_terms.UNIQUE)
     TARGET: ClassVar[Input] = two_terms.LOSS
     COEFFICIENTS: ClassVar[tuple[Coefficient, ...]] = (
-        two_terms.IRREDUCIBLE,
-        two_terms.SIZE_WEIGHT,
-        two_terms.DATA_WEIGHT,
-        two_terms.SIZE_EXPONENT,
-        two_terms.DATA_EXPONENT,
-        Coefficient(
-            "repeat_decay",
-            "repeats",
-            0.05,
-            1e4,
-            True,
-            "repeats after which data have lost 63% of their value",
-            vanishing="high",
-        ),
+        *two_terms.MAIN,
+        two_terms.REPEAT_DECAY,
         Coefficient(
             "penalty",
             "nats/token",

@@ -9,26 +9,18 @@ Limits: implies that the best model size grows as the square root of compute.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from perennial.scaling import two_terms
-from perennial.scaling.laws.base import Coefficient, Coefficients, Columns, Input, Law
+from perennial.scaling.laws.base import Coefficient, Coefficients, Columns
+from perennial.scaling.laws.chinchilla import Chinchilla
 
 
-class Tied(Law):
+class Tied(Chinchilla):
     """Four coefficients."""
 
-    INPUTS: ClassVar[tuple[Input, ...]] = (two_terms.PARAMETERS, two_terms.TOKENS)
-    TARGET: ClassVar[Input] = two_terms.LOSS
-    COEFFICIENTS: ClassVar[tuple[Coefficient, ...]] = (
-        two_terms.IRREDUCIBLE,
-        two_terms.SIZE_WEIGHT,
-        Coefficient("B", "nats/token", 0.0, np.inf, True, "weight of the data term", ("alpha", "tokens")),
-        Coefficient("alpha", "1", 0.01, 2.0, False, "exponent of size and of data"),
-    )
+    PUBLISHED: ClassVar[dict[str, dict[str, Any]]] = {}
+    COEFFICIENTS: ClassVar[tuple[Coefficient, ...]] = two_terms.TIED
     EXAMPLES: ClassVar[list[dict[str, Any]]] = [
         {
             "settings": {},
@@ -42,19 +34,5 @@ class Tied(Law):
         },
     ]
 
-    def predict(self, inputs: Columns, coefficients: Coefficients) -> np.ndarray:
-        """E + A / N^alpha + B / D^alpha."""
-        size, data = two_terms.terms(inputs, coefficients)
-        return coefficients["E"] + size + data
-
     def starts(self, table: Columns) -> list[Coefficients]:
         return [*two_terms.tied_starts(table)]
-
-    def gradient(self, inputs: Columns, coefficients: Coefficients) -> Mapping[str, np.ndarray]:
-        return two_terms.gradient(inputs, coefficients)
-
-    def refusal(self, table: Columns) -> str | None:
-        return two_terms.refusal(table)
-
-    def compute(self, inputs: Columns) -> np.ndarray:
-        return two_terms.compute(inputs)

@@ -1,0 +1,231 @@
+"""What brings an update near retraining at half its compute: one trial per idea, on a small model, paired by seed.
+
+    python benchmarks/bar_search.py [--model small|1m] [--shift novels_en:novels_de] [--tokens 800K] [--seeds 1]
+        [--only NAME ...] [--work runs/bar_search] [--records records/DATE_bar_search]
+
+T tokens of old text make a trunk (constant rate); retraining sees 2 T tokens of both texts; every trial is an
+update from the trunk that costs no more FLOPs than T tokens of plain training, its teachers included. Both sides
+use Muon; the peak is the best of retraining's (0.02 for small, 0.01 for 1m: records/2026-11-21_continual_bar).
+Resumable: finished runs are kept in --work. Needs ../shared/corpora. Prints the average loss over that of
+retraining.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
+LENGTH = 128
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {
+        "model": {"options": {"width": 64, "layers": 2, "heads": 2, "kv_heads": 2, "mlp_width": 176, "context": 256}},
+        "vocabulary": 1024,
+        "peak": 0.02,
+        "tokens": 802_816,
+    },
+    "1m": {"model": {"preset": "1m"}, "vocabulary": 4096, "peak": 0.01, "tokens": 401_408},
+}
+"""Model, vocabulary, retraining's best peak, tokens of the base."""
+TRUNK_SHARE = 0.5
+"""The trunk's rate as a part of retraining's peak: a run that never decays wants a lower one."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An update from the trunk: shares, rows of a batch, peak as a part of the trunk's rate, and whoever teaches."""
+
+    replay: float = 0.5
+    rows: int = 8
+    peak: float = 1.0
+    objective: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    """'annealed': a run that was made for it from the trunk, whose cost is taken off the update's tokens."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Of the stage."""
+    shape: str = "linear"
+    later: float | None = None
+    """Replay in the second half, where it is another."""
+    unseen: bool = False
+    """Whether the old text is such that the trunk has not read yet, instead of what it read."""
+    trunk: float = TRUNK_SHARE
+    """The trunk's rate as a part of retraining's peak."""
+
+
+def distilled(share: float, weight: float, **rest: Any) -> Trial:
+    """Replayed rows are taught by the annealed branch of the trunk."""
+    return Trial(
+        replay=share, objective={"name": "distillation", "weight": weight, "rows": "replay", **rest}, teacher="annealed"
+    )
+
+
+TRIALS: dict[str, Trial] = {
+    "replay 50%": Trial(),
+    "replay 40%": Trial(replay=0.4),
+    "replay 30%": Trial(replay=0.3),
+    "replay 25%, taught 0.5": distilled(0.25, 0.5),
+    "replay 25%, taught 1": distilled(0.25, 1.0),
+    "replay 15%, taught 1": distilled(0.15, 1.0),
+    "replay 40%, taught 0.5": distilled(0.4, 0.5),
+    "replay 25%, taught 0.5 by the trunk": Trial(
+        replay=0.25, objective={"name": "distillation", "weight": 0.5, "rows": "replay"}
+    ),
+    "replay 40%, then 60%": Trial(replay=0.4, later=0.6),
+    "replay 30%, then 60%": Trial(replay=0.3, later=0.6),
+    "replay 50%, peak x 1.5": Trial(peak=1.5),
+    "replay 50%, peak x 0.7": Trial(peak=0.7),
+    "replay 50%, lower trunk": Trial(trunk=0.25, peak=0.5 / 0.25),
+    "replay 50%, lower trunk and peak": Trial(trunk=0.25, peak=0.375 / 0.25),
+    "replay 50%, 4 rows, peak x 0.7": Trial(rows=4, peak=0.7),
+    "replay 50%, cosine": Trial(shape="cosine"),
+    "50% unseen old text": Trial(unseen=True),
+    "40% unseen old text": Trial(replay=0.4, unseen=True),
+    "50% unseen old text, 4 rows, peak x 0.7": Trial(rows=4, peak=0.7, unseen=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="small")
+    parser.add_argument("--shift", default="novels_en:novels_de")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--work", type=Path, default=Path("runs/bar_search"))
+    parser.add_argument("--records", type=Path)
+    arguments = parser.parse_args()
+    lines = ["| seed | update | old | new | average | over retraining |", "|---|---|---|---|---|---|"]
+    for seed in range(0, 10 * arguments.seeds, 10):
+        bench = Bench(arguments, seed)
+        lines += bench.work_off(arguments.only or list(TRIALS))
+        if arguments.records:
+            target = arguments.records / arguments.model / bench.place.relative_to(bench.work)
+            target.mkdir(parents=True, exist_ok=True)
+            recipes = "".join(json.dumps(recipe) + "\n" for recipe in bench.recipes.values())
+            (target / "recipes.jsonl").write_text(recipes.replace(str(bench.work), "WORK"), encoding="utf-8")
+    if arguments.records:
+        name = f"{arguments.model}_{arguments.shift.replace(':', '-')}.md"
+        (arguments.records / name).write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+class Bench:
+    """The runs of one model, shift and seed."""
+
+    def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
+        from perennial.bench.continual_text import Reading, prepare_shift, standard_shifts
+
+        self.size, self.seed = MODELS[arguments.model], seed
+        self.tokens = arguments.tokens or self.size["tokens"]
+        self.work = place = arguments.work.resolve() / arguments.model
+        self.recipes: dict[str, Any] = {}
+        shift = standard_shifts(CORPORA, [arguments.shift])[0]
+        reading = Reading(vocabulary_size=self.size["vocabulary"])
+        self.corpora = dict(prepare_shift(shift, place, reading, say=lambda _: None, quiet=True).corpora)
+        self.old, self.new = self.corpora
+        self.place = place / shift.name / f"{self.tokens}" / f"seed{seed}"
+
+    def work_off(self, names: list[str]) -> list[str]:
+        """Trains what is not there yet; prints a line per trial and returns them as rows of a table."""
+        both = {self.old: 0.5, self.new: 0.5}
+        union = self.train("union", 2 * self.tokens, both, down(self.size["peak"], "5%"), rows=16)
+        rows = []
+        for name in ["retrained on both, twice the compute", *names]:
+            found = self.update(name, TRIALS[name]) if name in TRIALS else union
+            values = [found[self.old], found[self.new], average(found)]
+            cells = [str(self.seed), name, *(f"{value:.4f}" for value in values)]
+            rows.append("| " + " | ".join([*cells, f"{values[-1] / average(union) - 1:+.2%}"]) + " |")
+            print(rows[-1], flush=True)
+        return rows
+
+    def update(self, name: str, trial: Trial) -> dict[str, float]:
+        """The final losses of a trial, whose trunk and teacher are trained first."""
+        rate = trial.trunk * self.size["peak"]
+        trunk = "trunk" if trial.trunk == TRUNK_SHARE else f"trunk_{trial.trunk:g}"
+        flat = {"name": "constant", "peak": rate, "warmup": "5%"}
+        self.train(trunk, self.tokens, {self.old: 1.0}, flat, rows=16)
+        tokens, objective = float(self.tokens), dict(trial.objective)
+        if trial.teacher == "annealed":
+            branch = self.tokens // 10
+            self.train("annealed", branch, {self.old: 1.0}, down(rate), rows=16, parent=trunk)
+            objective["teacher"] = [str(self.place / "annealed")]
+            tokens -= branch
+        if objective:
+            tokens /= 1 + trial.replay / 3
+        again = self.old if trial.unseen else "replay"
+        mixture = {self.new: 1 - trial.replay, again: trial.replay}
+        stage = {"objective": objective or "next_token", **trial.more}
+        schedule = {**down(trial.peak * rate), "name": trial.shape}
+        if trial.later is None:
+            return self.train(name, int(tokens), mixture, schedule, rows=trial.rows, parent=trunk, **stage)
+        first = {**schedule, "final": schedule["peak"] / 2}
+        last = {**schedule, "peak": first["final"]}
+        second = ({self.new: 1 - trial.later, again: trial.later}, last)
+        return self.train(name, int(tokens / 2), mixture, first, second=second, rows=trial.rows, parent=trunk, **stage)
+
+    def train(
+        self,
+        name: str,
+        tokens: int,
+        mixture: dict[str, float],
+        schedule: dict[str, Any],
+        *,
+        rows: int,
+        parent: str | None = None,
+        second: tuple[dict[str, float], dict[str, Any]] | None = None,
+        **stage: Any,
+    ) -> dict[str, float]:
+        """Final nats per token by corpus of a run, trained unless it is there; `second`: what follows as long again."""
+        from perennial.core import records
+        from perennial.train.recipe import parse_recipe
+        from perennial.train.run import start
+
+        out = self.place / name.replace(" ", "_").replace("%", "").replace(",", "")
+        used = {corpus: str(self.corpora[corpus]) for corpus in mixture if corpus in self.corpora}
+        others = {corpus: str(path) for corpus, path in self.corpora.items() if corpus not in used}
+        if parent:
+            others.pop(self.old, None)
+        recipe = {
+            "name": out.name,
+            "seed": self.seed + (parent is not None),
+            **({"parent": str(self.place / parent)} if parent else {"model": self.size["model"]}),
+            "corpora": used,
+            "stages": [
+                {
+                    "name": f"stage-{number}",
+                    "budget": f"{math.floor(tokens / (rows * LENGTH)) * rows * LENGTH} tokens",
+                    "mixture": mixture,
+                    "schedule": schedule,
+                    "optimizer": "muon",
+                    "optimizer_state": "keep",
+                    "max_epochs": 8.0,
+                    **stage,
+                }
+                for number, (mixture, schedule) in enumerate([(mixture, schedule), *([second] if second else [])], 1)
+            ],
+            "batch": {"sequences": rows, "sequence_length": LENGTH},
+            "evaluation": {"every": None, "tokens": "131072 tokens", "corpora": others},
+            "checkpoints": {"every": None, "keep": 1},
+        }
+        self.recipes[out.name] = recipe
+        if not (out / "events.jsonl").exists() or not records.read(out / "events.jsonl", "done"):
+            start(parse_recipe(recipe), out, base=Path.cwd(), quiet=True)
+        done = records.read(out / "events.jsonl", "done")[-1]
+        return {corpus: found["nats_per_token"] for corpus, found in done["evaluation"]["after"].items()}
+
+
+def down(peak: float, warmup: str = "0%") -> dict[str, Any]:
+    """A line to 0."""
+    return {"name": "linear", "peak": peak, "final": 0.0, "warmup": warmup}
+
+
+def average(losses: dict[str, float]) -> float:
+    """Mean over the corpora."""
+    return sum(losses.values()) / len(losses)
+
+
+if __name__ == "__main__":
+    main()
