@@ -67,6 +67,8 @@ TRIALS: dict[str, Trial] = {
     "replay 50%": Trial(),
     "replay 40%": Trial(replay=0.4),
     "replay 30%": Trial(replay=0.3),
+    "replay 25%": Trial(replay=0.25),
+    "replay 15%": Trial(replay=0.15),
     "replay 25%, taught 0.5": distilled(0.25, 0.5),
     "replay 25%, taught 1": distilled(0.25, 1.0),
     "replay 15%, taught 1": distilled(0.15, 1.0),

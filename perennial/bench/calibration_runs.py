@@ -108,7 +108,8 @@ def _trained(
     folder = setting.task.work / f"{name}-{key[:8]}"
     if finished(folder) is None:
         say(f"calibrate: run {place[0]} of {place[1]}: {name}, {recipe['stages'][0]['budget']}")
-        if not start(parse_recipe(recipe, source=name), folder, base=setting.task.work, quiet=True)["complete"]:
+        result = start(parse_recipe(recipe, source=name), folder, base=setting.task.work, quiet=True)
+        if not result["complete"] or result.get("asked_to_stop"):
             raise UserError("stopped; the same command goes on")
     return folder
 

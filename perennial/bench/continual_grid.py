@@ -162,7 +162,7 @@ class Grid:
             self.failures[node.folder] = str(error)
             self.say(f"{node.title}: not possible: {error}")
             return True
-        return bool(result["complete"])
+        return result["complete"] and not result.get("asked_to_stop")
 
     def progress_text(self) -> str:
         """'12 of 40 runs done, 31 min left on one thread'."""

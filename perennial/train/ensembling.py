@@ -111,7 +111,7 @@ def continue_ensemble(
         result = run(checkpoint, fresh, out=folder, dry_run=dry_run, **{**choices, "seed": seed})
         if dry_run:
             return result | {"reasons": [*result["reasons"], _announced(result["resolved"], ensemble, out)]}
-        if not result["result"]["complete"]:
+        if not result["result"]["complete"] or result["result"].get("asked_to_stop"):
             return result
     together = _measured(folders)
     _say(_in_words(together), quiet=quiet)

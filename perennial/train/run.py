@@ -189,8 +189,8 @@ def changed_parallel(resolved: Resolved, overrides: Sequence[str]) -> ParallelSe
 def train(folder: Path, *, parallel: Sequence[str] = (), quiet: bool = False) -> dict[str, Any]:
     """Starts the run in `folder`, or goes on where it stopped; returns its summary ('complete': False when stopped).
 
-    parallel: 'parallel.key=value' texts that spread it otherwise, this time. Raises UserError for bad input and
-    TrainingStopped when training cannot go on.
+    'asked_to_stop' is also true of a run that was complete when the signal came. parallel: 'parallel.key=value' texts
+    that spread it otherwise, this time. Raises UserError for bad input and TrainingStopped when training cannot go on.
     """
     try:
         return _train(folder, parallel, quiet=quiet)
@@ -212,7 +212,9 @@ def _train(folder: Path, parallel: Sequence[str], *, quiet: bool) -> dict[str, A
             session.console.note(describe(resolved))
             with session.stopping_on_signals(), memory_advice.explained(folder, resolved, session.world):
                 loop.run(session)
-            return {"run": str(folder), "complete": not session.stopped, **loop.summary(session)}
+            # A run that is asked to stop in its last moments is complete; who has more of them to do must know.
+            state = {"complete": not session.stopped, "asked_to_stop": session.stop_requested}
+            return {"run": str(folder), **state, **loop.summary(session)}
     except OSError as error:
         explained = files.explain(error, folder)
         if explained is error:

@@ -24,6 +24,7 @@ from perennial.core.patience import Patience, say_nothing
 from perennial.train import checkpoint, tensor_files
 from perennial.train.recipe import SpikeSettings, parse_recipe
 from perennial.train.run import start, train
+from perennial.train.session import Session
 from perennial.train.spikes import is_spike
 
 
@@ -80,6 +81,23 @@ def test_a_run_that_is_over_leaves_nothing_in_memory(workspace: Any, tmp_path: P
     start(parse_recipe(recipe), tmp_path / "run", base=Path(), quiet=True)
     mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
     assert not any(corpus in mapped for corpus in corpora.values())
+
+
+def test_a_signal_in_the_last_moments_is_told_to_who_goes_on(
+    workspace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is complete all the same; a grid of runs would else begin the next one."""
+    measure = Session.evaluate
+
+    def evaluate(session: Session, moment: str) -> dict[str, Any]:
+        if moment == "after":
+            signal.raise_signal(signal.SIGTERM)
+        return measure(session, moment)
+
+    monkeypatch.setattr(Session, "evaluate", evaluate)
+    result = start(parse_recipe(two_stages(workspace)), tmp_path / "run", base=Path(), quiet=True)
+    assert result["complete"]
+    assert result["asked_to_stop"]
 
 
 def test_the_loss_falls_and_everything_is_recorded(straight: Path) -> None:
