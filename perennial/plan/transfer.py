@@ -40,7 +40,8 @@ FIRST_FLOOR, FLOOR_SPREAD = 0.3, 0.25
 """E over the lowest loss seen, before any run tells. Assumption: half in published fits (1.8 of 3 to 4 nats), and small
 runs, far above it, fall like a power of compute with hardly a floor."""
 _FLOORS = np.linspace(0.0, 0.85, 18)
-_ONSETS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_ONSETS = (1e-7, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""The lowest is that of a loss which falls in a line with ln r from shares that no batch can have; measured: 1e-6."""
 _FLAT = 10.0  # standard deviation of a coefficient that only the runs decide
 _POINTS = ndtri((np.arange(41) + 0.5) / 41)
 
