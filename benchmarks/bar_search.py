@@ -48,6 +48,8 @@ class Trial:
     more: dict[str, Any] = field(default_factory=dict)
     """Of the stage."""
     shape: str = "linear"
+    first_rows: int | None = None
+    """Rows of a batch in the first half, where they are fewer."""
     later: float | None = None
     """Replay in the second half, where it is another."""
     unseen: bool = False
@@ -84,8 +86,15 @@ TRIALS: dict[str, Trial] = {
     "replay 50%, lower trunk and peak": Trial(trunk=0.25, peak=0.375 / 0.25),
     "replay 50%, 4 rows, peak x 0.7": Trial(rows=4, peak=0.7),
     "replay 50%, cosine": Trial(shape="cosine"),
+    "replay 50%, 4 rows, then 8": Trial(first_rows=4),
+    "replay 50%, 4 rows, then 16": Trial(first_rows=4, rows=16),
+    "replay 50%, 8 rows, then 16": Trial(first_rows=8, rows=16),
+    "replay 50%, 16 rows": Trial(rows=16),
     "50% unseen old text": Trial(unseen=True),
     "40% unseen old text": Trial(replay=0.4, unseen=True),
+    "30% unseen old text": Trial(replay=0.3, unseen=True),
+    "40% unseen old text, peak x 1.5": Trial(replay=0.4, unseen=True, peak=1.5),
+    "40% unseen old text, lower trunk": Trial(replay=0.4, unseen=True, trunk=0.25, peak=2.0),
     "50% unseen old text, 4 rows, peak x 0.7": Trial(rows=4, peak=0.7, unseen=True),
 }
 
@@ -161,12 +170,14 @@ class Bench:
         mixture = {self.new: 1 - trial.replay, again: trial.replay}
         stage = {"objective": objective or "next_token", **trial.more}
         schedule = {**down(trial.peak * rate), "name": trial.shape}
-        if trial.later is None:
+        if trial.later is None and trial.first_rows is None:
             return self.train(name, int(tokens), mixture, schedule, rows=trial.rows, parent=trunk, **stage)
         first = {**schedule, "final": schedule["peak"] / 2}
         last = {**schedule, "peak": first["final"]}
-        second = ({self.new: 1 - trial.later, again: trial.later}, last)
-        return self.train(name, int(tokens / 2), mixture, first, second=second, rows=trial.rows, parent=trunk, **stage)
+        later = trial.replay if trial.later is None else trial.later
+        second = ({self.new: 1 - later, again: later}, last)
+        rows: dict[str, Any] = {"rows": trial.rows, "first_rows": trial.first_rows}
+        return self.train(name, int(tokens / 2), mixture, first, second=second, parent=trunk, **rows, **stage)
 
     def train(
         self,
@@ -177,6 +188,7 @@ class Bench:
         *,
         rows: int,
         parent: str | None = None,
+        first_rows: int | None = None,
         second: tuple[dict[str, float], dict[str, Any]] | None = None,
         **stage: Any,
     ) -> dict[str, float]:
@@ -204,6 +216,7 @@ class Bench:
                     "optimizer": "muon",
                     "optimizer_state": "keep",
                     "max_epochs": 8.0,
+                    **({"sequences": first_rows} if first_rows and number == 1 else {}),
                     **stage,
                 }
                 for number, (mixture, schedule) in enumerate([(mixture, schedule), *([second] if second else [])], 1)

@@ -20,6 +20,8 @@ FACTORS = (0.1, 0.5, 2.0)
 """Peaks of the sweep of check f, as multiples of the base's; 1 is the ladder's own."""
 STAGES = 3
 """Of check i: repeated cosine against an infinite schedule."""
+TRUNK_RATE = 0.5
+"""Rate of a trunk as a part of retraining's best peak: what never decays wants less (`benchmarks/bar_search.py`)."""
 TRUNK_REPLAY = 0.5
 """Replay of the updates that go on from a base which was never annealed."""
 HALF_ROWS = 8
@@ -150,7 +152,7 @@ def _stages(old: str, scale: Scale) -> list[PlannedRun]:
 
 def _trunk(old: str, scale: Scale) -> PlannedRun:
     """A base that was never annealed: what a publisher has who means to go on."""
-    stage = Stage("pretrain", scale.updates(1.0), {old: 1.0}, flat(scale.peak, warmup="5%"))
+    stage = Stage("pretrain", scale.updates(1.0), {old: 1.0}, flat(TRUNK_RATE * scale.peak, warmup="5%"))
     return PlannedRun("trunk", "base, not annealed", frozenset({"bar", "stream", "table"}), (stage,))
 
 
@@ -160,7 +162,7 @@ def _bar(new: str, scale: Scale) -> list[PlannedRun]:
     for percent, share in ((50, 1.0), (35, 0.7)):
         tokens = scale.updates(share)
         default = Stage("update", tokens, {new: 1.0}, {})
-        falls = Stage("update", tokens, _mixture(new, TRUNK_REPLAY), straight(scale.peak, warmup="0%"))
+        falls = Stage("update", tokens, _mixture(new, TRUNK_REPLAY), straight(TRUNK_RATE * scale.peak, warmup="0%"))
         at = f"{percent}% of retraining"
         checks = frozenset({"bar", "table"})
         trunk = PlannedRun(f"bar-trunk-{percent}", f"trunk, straight down, {at}", checks, (falls,), "trunk")
@@ -213,7 +215,8 @@ def stream_runs(corpora: Sequence[str], scale: Scale) -> list[PlannedRun]:
     parents = {NO_REPLAY: "base", DEFAULT: "base", TRUNK: "trunk"}
     for number, corpus in enumerate(later, 2):
         is_last = number == len(corpora)
-        down = straight(scale.peak, warmup="0%") if is_last else flat(scale.peak)
+        trunk_rate = TRUNK_RATE * scale.peak
+        down = straight(trunk_rate, warmup="0%") if is_last else flat(trunk_rate)
         stages = {
             NO_REPLAY: Stage("update", whole, {corpus: 1.0}, again),
             DEFAULT: Stage("update", whole, {corpus: 1.0}, {}),

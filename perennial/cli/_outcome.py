@@ -24,16 +24,20 @@ def show_recipe(result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def show_result(result: dict[str, Any], out: Path, *, as_json: bool) -> None:
-    """Prints the result of a run as JSON, or what in its records looks wrong, a line each."""
+    """Prints the result of a run as JSON, or the highest spike at a switch of data and what looks wrong in it."""
     import json
     from dataclasses import asdict
 
     from perennial.report.doubts import doubts_about
+    from perennial.report.switches import greatest
 
     found = doubts_about(out) if result["result"]["complete"] else []
     if as_json:
         print(json.dumps({**result, "doubts": [asdict(doubt) for doubt in found]}, indent=2))
         return
+    spike = greatest(out) if result["result"]["complete"] else ""
+    if spike:
+        print(spike)
     for doubt in found:
         print(f"{doubt.sign}: {doubt.seen}. Next time: {doubt.advice}.")
 

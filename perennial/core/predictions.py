@@ -118,7 +118,7 @@ def fingerprints(resolved: Mapping[str, Any]) -> dict[str, str]:
     return {name: stable_hash(part)[:16] for name, part in parts.items()}
 
 
-_OF_STAGES = ("tokens", "schedule", "optimizer", "optimizer_state", "objective", "pull", "new_rows")
+_OF_STAGES = ("tokens", "sequences", "schedule", "optimizer", "optimizer_state", "objective", "pull", "new_rows")
 _OF_UPDATES = ("clip", "document_mask", "communication")
 _OF_COMPUTING = (
     *("compile", "activation_checkpointing", "parallel"),

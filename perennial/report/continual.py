@@ -54,7 +54,7 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
     names = [escape(check["check"]) for check in checks]
     columns = [
         Column("What", [escape(check["statement"]) for check in checks], text=True, wrap=True),
-        Column("Shift", [escape(check["shift"]) for check in checks], text=True),
+        Column("Shift", [escape(check["shift"]) for check in checks], text=True, wrap=True),
         Column("Verdict", [_verdict(check) for check in checks], text=True),
         Column("Effect", [_interval(_effect(check)) for check in checks]),
         Column("Wanted", [escape(check["wanted"]) for check in checks], text=True, wrap=True),

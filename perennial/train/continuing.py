@@ -30,7 +30,7 @@ from perennial.data.corpus import Corpus
 from perennial.model import foreign
 from perennial.model.foreign import TransformersConfig, num_parameters
 from perennial.train import choosing, origin
-from perennial.train.around_the_run import average_with_parent, best_part
+from perennial.train.around_the_run import average_with_parent, best_part, in_order
 from perennial.train.continuations.base import Continuation, Planned, Situation
 from perennial.train.corpora import old_corpora
 from perennial.train.given_data import check_given, is_prepared, prepared_data
@@ -118,6 +118,7 @@ def derive(
         assert lineage.origin is not None
         tokens = origin.budget_tokens(amount, lineage.origin.parameters, f"--tokens {budget!r}")
         manner, why = origin.first_manner(parent.config, tokens, origin.this_machine(), micro_batch=micro_batch)
+    sizes = _training_tokens(data)
     is_chosen = how is None and schedule is None
     measure = shift if is_chosen or replay is None else None  # what nothing depends on is not measured
     share, measured, replay_reason = replay_share(replay, parent, stand_ins, measure, reasons)
@@ -130,8 +131,10 @@ def derive(
         shift=measured,
         peak=peak,
         parameters=num_parameters(parent.config),
-        batch_tokens=_batch_tokens(manner.batch, settings),
-        fresh_tokens=_training_tokens(data),
+        batch_tokens=math.prod(_batch(manner.batch, settings)),
+        batch_rows=_batch(manner.batch, settings)[0],
+        fresh_tokens=sum(sizes) if sizes else None,
+        fresh_shares=tuple(size / sum(sizes) for size in sizes),
         optimizer=manner.optimizer,
         has_moments=manner.optimizer_state == "keep" and holds_moments(parent.path),
         option="--schedule" if how is None and schedule is not None else "--recipe",
@@ -140,10 +143,13 @@ def derive(
     reasons += [replay_reason, *planned.reasons]
     own = {"objective": dict(objective)} if objective else {}
     reasons += [f"objective: {', '.join(f'{k} {v}' for k, v in objective.items())}"] if objective else []
+    evaluation = dict(planned.evaluation)
 
     def place(path: Path) -> str:
         return relative_to(path.resolve(), base.resolve())
 
+    if also_measured:
+        evaluation["corpora"] = {n: place(p) for n, p in also_measured.items()}
     recipe: dict[str, Any] = {
         "name": name,
         "seed": manner.seed if seed is None else seed,
@@ -153,7 +159,7 @@ def derive(
         **({"stand_ins": list(stand_ins)} if stand_ins else {}),
         **({"moved": {n: place(p) for n, p in moved.items()}} if moved else {}),
         "stages": [with_manner({**stage, **own}, manner) for stage in planned.stages],
-        **({"evaluation": {"corpora": {n: place(p) for n, p in also_measured.items()}}} if also_measured else {}),
+        **({"evaluation": evaluation} if evaluation else {}),
         "batch": manner.batch,
         "clip": manner.clip,
         "document_mask": manner.document_mask,
@@ -186,11 +192,11 @@ def with_manner(stage: dict[str, Any], manner: Manner) -> dict[str, Any]:
     return {**{key: stage[key] for key in order}, **usual, **{k: v for k, v in stage.items() if k not in order}}
 
 
-def _batch_tokens(batch: Mapping[str, int | None], settings: Sequence[str]) -> int:
-    """Tokens per update, as the derived recipe will have it after the user's `settings`."""
+def _batch(batch: Mapping[str, int | None], settings: Sequence[str]) -> tuple[int, ...]:
+    """Rows of an update and tokens of a row, as the derived recipe will have them after the user's `settings`."""
     changed = override({"batch": dict(batch)}, [s for s in settings if s.startswith("batch.")])["batch"]
     sizes = [changed.get(key) for key in ("sequences", "sequence_length")]
-    return math.prod(size if isinstance(size, int) and size > 0 else 1 for size in sizes)  # what is wrong is said later
+    return tuple(size if isinstance(size, int) and size > 0 else 1 for size in sizes)  # what is wrong is said later
 
 
 def holds_moments(checkpoint: Path) -> bool:
@@ -198,11 +204,11 @@ def holds_moments(checkpoint: Path) -> bool:
     return any((checkpoint / STATE_FOLDER).glob("optimizer*"))
 
 
-def _training_tokens(data: Mapping[str, Path]) -> float | None:
-    """Training tokens of the new corpora; None while one of them is raw text."""
+def _training_tokens(data: Mapping[str, Path]) -> tuple[float, ...]:
+    """Training tokens of each of the new corpora; nothing while one of them is raw text."""
     if not all(is_prepared(path) for path in data.values()):
-        return None
-    return float(sum(Corpus.open(path).train.num_tokens for path in data.values()))
+        return ()
+    return tuple(float(Corpus.open(path).train.num_tokens) for path in data.values())
 
 
 def _parent_line(lineage: Lineage) -> str:
@@ -314,6 +320,7 @@ def continue_run(
     asked = derive(checkpoint, data, stand_ins=stand_ins, budget=budget, base=base, name=name, **choices)
     way = asked.component
     averages, selects = way is not None and way.AVERAGES, way is not None and way.SELECTS
+    arrangement = way.arrangement() if way else None
     if averages and (processes is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UserError(
             f"--recipe {asked.continuation}: runs in one process; with several, average the finished run with "
@@ -330,11 +337,14 @@ def continue_run(
         how: dict[str, Any] = {"checkpoint": checkpoint, "out": out, "text_field": text_field}
         how |= {"validation": validation, "quiet": quiet}
         replayed, fresh = prepared_data(data, stand_ins or {}, old, how)
+        known = [*old.values(), *replayed.values()]
         if selects:
             whole = derive(checkpoint, fresh, stand_ins=replayed, budget=budget, base=base, name=name, **choices)
             choices["also_measured"] = fresh
-            known = [*old.values(), *replayed.values()]
             fresh = best_part(checkpoint, fresh, whole.subset_share, {**how, "against": known})
+        elif arrangement:
+            whole_text, fresh = fresh, in_order(checkpoint, fresh, arrangement, {**how, "against": known})
+            choices["also_measured"] = {n: p for n, p in whole_text.items() if n not in fresh}
         derived = derive(
             checkpoint,
             fresh,

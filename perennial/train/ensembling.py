@@ -128,8 +128,8 @@ def continue_ensemble(
 def _check_way(asked: Derived) -> None:
     """Raises UserError for a way of continuing that is more than one run on all of the new text."""
     way = asked.component
-    if way is not None and (way.AVERAGES or way.SELECTS):
-        what = "averages its run with the parent" if way.AVERAGES else "trains on a part of the new text only"
+    if way is not None and (way.AVERAGES or way.SELECTS or way.arrangement()):
+        what = "averages its run with the parent" if way.AVERAGES else "trains on a part of the new text at a time"
         raise UserError(f"--ensemble: does not go with --recipe {asked.continuation}, which {what}")
 
 

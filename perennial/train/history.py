@@ -59,7 +59,7 @@ def stage_record(
         flops=progress.stage_flops,
         seconds=round(progress.stage_seconds, 3),
         sequence_length=batch.sequence_length,
-        batch_tokens=batch.tokens,
+        batch_tokens=resolved.batch_tokens_of(stage),
         micro_batch=batch.micro_batch,
         clip=resolved.clip,
         document_mask=resolved.document_mask,
@@ -79,7 +79,7 @@ def stage_record(
 
 
 def _peak_so_far(resolved: Resolved, stage: ResolvedStage, progress: Progress) -> float:
-    schedule, batch = component("schedules", stage.schedule), resolved.batch.tokens
+    schedule, batch = component("schedules", stage.schedule), resolved.batch_tokens_of(stage)
     done = progress.stage_tokens // batch
     step = max(1, done // 10_000)
     return max(schedule.rate(u * batch, stage.tokens) for u in [*range(0, done, step), done])

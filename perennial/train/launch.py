@@ -28,7 +28,7 @@ from perennial.core.environment import memory_bytes, usable_cores, with_variable
 from perennial.core.errors import TrainingStopped, UserError
 from perennial.model.memory import CPU_PROCESS_BYTES
 from perennial.train import continuing, workers
-from perennial.train.recipe import Recipe
+from perennial.train.recipe import Recipe, fewest_rows
 from perennial.train.run import changed_parallel, make_run, read_resolved, undone_on_error
 
 WORKER = "perennial.cli._worker"
@@ -86,7 +86,7 @@ def start(
     recipe: Recipe, folder: Path, *, base: Path, processes: int, max_restarts: int = DEFAULT_RESTARTS, as_json: bool
 ) -> tuple[int, str]:
     """Makes the run folder, or finds it made, and trains in it; returns as `train` does."""
-    workers.check_rows(processes, sequences=recipe.batch.sequences, tensor=recipe.parallel.tensor)
+    workers.check_rows(processes, sequences=fewest_rows(recipe), tensor=recipe.parallel.tensor)
     with undone_on_error(folder):
         apart(make_run, recipe, folder, base=base, processes=processes)
         return train(folder, processes=processes, max_restarts=max_restarts, as_json=as_json)
@@ -106,7 +106,7 @@ def train(
     """
     resolved = read_resolved(folder)
     tensor = changed_parallel(resolved, overrides).tensor
-    workers.check_rows(processes, sequences=resolved.batch.sequences, tensor=tensor)
+    workers.check_rows(processes, sequences=resolved.fewest_rows, tensor=tensor)
     command = ["train", str(folder), *overrides, *(["--json"] if as_json else [])]
     return run_processes(command, processes=processes, max_restarts=max_restarts)
 

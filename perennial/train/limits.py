@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from perennial.core.amounts import human, human_bytes
@@ -58,15 +60,33 @@ def check_memory(config: AnyConfig, world: World) -> None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory in use: peak allocated on a GPU, resident set of the process on a CPU."""
+    """Memory in use: peak allocated on a GPU; on a CPU the resident set without the text that is mapped into it.
+
+    Mapped text comes and goes: the system takes its pages back when it needs room, so that no run fails for them.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    pages = _resident_pages()
+    if pages is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident, from_files = pages
+    return (resident - max(0, from_files - library_pages())) * resource.getpagesize()
+
+
+@functools.cache
+def library_pages() -> int:
+    """Resident pages of files, which are those of libraries when this is first called: before any text is read."""
+    pages = _resident_pages()
+    return 0 if pages is None else pages[1]
+
+
+def _resident_pages() -> tuple[int, int] | None:
+    """Pages of this process that are in memory, and how many of them are of files; None where Linux is not."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            import resource
-
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:  # not Linux
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            _, resident, shared, *_ = map(int, file.read().split())
+    except OSError:
+        return None
+    return resident, shared

@@ -92,7 +92,8 @@ def _run_stage(session: Session) -> None:
 def _queue(session: Session, running: RunningStage) -> Made:
     """Starts the next update and moves the run's position past it."""
     progress, resolved, world = session.state.progress, session.resolved, session.world
-    stage, rows, tokens = running.stage, resolved.batch.sequences, resolved.batch.tokens
+    stage = running.stage
+    rows, tokens = resolved.rows_of(stage), resolved.batch_tokens_of(stage)
     session.watchdog.enter("data", progress.updates + 1)
     begun = time.perf_counter()
     batch = running.loader.at(progress.row, rows, rank=world.data_rank, world=world.data_size)

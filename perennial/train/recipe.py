@@ -132,6 +132,8 @@ class StageSettings(Settings):
     mixture: dict[str, float | str]
     """Corpus name: share ('95%') or relative weight (19). 'replay' stands for what the parent consumed."""
     schedule: Any
+    sequences: int | None = Field(default=None, ge=1)
+    """Rows of an update in this stage, at most batch.sequences; None: as many. Fewer at first warm the batch up."""
     optimizer: Any = "adamw"
     optimizer_state: Literal["keep", "reset"] = "keep"
     """Whether the moments of the stage before, or of the parent, are carried on."""
@@ -250,11 +252,22 @@ class Recipe(Settings):
             problems.append(
                 f"batch.micro_batch {self.batch.micro_batch} does not divide batch.sequences {self.batch.sequences}"
             )
+        problems += [
+            f"stage '{stage.name}': sequences {stage.sequences} is above batch.sequences, {self.batch.sequences}, "
+            "which is the largest batch of the run; raise that"
+            for stage in self.stages
+            if stage.sequences is not None and stage.sequences > self.batch.sequences
+        ]
         stage_names = [s.name for s in self.stages]
         problems += [f"two stages are called '{n}'" for n in sorted(set(stage_names)) if stage_names.count(n) > 1]
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def fewest_rows(recipe: Recipe) -> int:
+    """Rows of the smallest update of the run."""
+    return min(stage.sequences or recipe.batch.sequences for stage in recipe.stages)
 
 
 def shares(mixture: Mapping[str, float | str]) -> dict[str, float]:

@@ -131,10 +131,11 @@ def _resolve_stage(
     )
     forward = {model.name: model.flops_per_token for model in models}
     spent = per_token + share_read * sum(forward[name] for name in objective.checkpoints())
-    updates = max(1, math.ceil(_budget_tokens(stage, spent, speed) / recipe.batch.tokens - 1e-9))
-    tokens = updates * recipe.batch.tokens
+    update_tokens = (stage.sequences or recipe.batch.sequences) * recipe.batch.sequence_length
+    updates = max(1, math.ceil(_budget_tokens(stage, spent, speed) / update_tokens - 1e-9))
+    tokens = updates * update_tokens
     try:
-        rates = [schedule.rate(u * recipe.batch.tokens, tokens) for u in _sampled(updates)]
+        rates = [schedule.rate(u * update_tokens, tokens) for u in _sampled(updates)]
     except UserError as error:
         raise UserError(f"stage '{stage.name}': schedule: {error}") from None
     return ResolvedStage(
@@ -154,6 +155,7 @@ def _resolve_stage(
         pull=plugins.dump(pull) if pull else None,
         pull_sources=[s.to_json() for s in pull_sources(recipe, stage, pull, parent, corpora)],
         models=models,
+        sequences=stage.sequences,
         new_rows=_new_rows(stage, parent) if stage.train == "new_rows" else None,
     )
 

@@ -36,6 +36,8 @@ class ResolvedStage(Settings):
     """SourceSpecs of the data that the pull weighs by."""
     models: list[OtherModel] = []
     """Further checkpoints that the objective and the pull read."""
+    sequences: int | None = None
+    """Rows of an update; None: those of the run's batch."""
     new_rows: tuple[int, int] | None = None
     """First and last + 1 of the ids whose rows are all that is trained; None: the whole model is."""
 
@@ -73,6 +75,27 @@ class Resolved(Settings):
     spikes: SpikeSettings
     tensorboard: bool
 
+    def rows_of(self, stage: ResolvedStage) -> int:
+        """Rows of an update in the stage."""
+        return stage.sequences or self.batch.sequences
+
+    def batch_tokens_of(self, stage: ResolvedStage) -> int:
+        """Tokens of an update in the stage."""
+        return self.rows_of(stage) * self.batch.sequence_length
+
+    def tokens_after(self, updates: int) -> int:
+        """Tokens of the run's first `updates` updates."""
+        tokens = 0
+        for stage in self.stages:
+            made = min(updates, stage.updates)
+            tokens, updates = tokens + made * self.batch_tokens_of(stage), updates - made
+        return tokens
+
+    @property
+    def fewest_rows(self) -> int:
+        """Rows of the smallest update of the run."""
+        return min(self.rows_of(stage) for stage in self.stages)
+
     @property
     def through(self) -> str:
         """What computes the model: 'native' code, or 'transformers'."""
@@ -89,8 +112,9 @@ def recipe_hash(resolved: Resolved) -> str:
     if data["communication"] == {"name": "every_update"}:  # as before there was a choice
         del data["communication"]
     for stage in data["stages"]:
-        if stage["new_rows"] is None:  # as before stages could be limited to them
-            del stage["new_rows"]
+        for added in ("new_rows", "sequences"):  # as before stages could be limited to them
+            if stage[added] is None:
+                del stage[added]
         for added in ("pull", "pull_sources", "models"):  # as before there were any
             if not stage[added]:
                 del stage[added]
@@ -124,7 +148,8 @@ def describe(resolved: Resolved) -> str:
         mix = ", ".join(f"{s['name']} {s['weight']:.1%}" for s in stage.sources)
         guessed = "by estimate " if rate_is_estimate(resolved, index) else ""
         was = "" if stage.rate_before is None else f" (the model was {guessed}left at {stage.rate_before:.3g})"
-        lines.append(f"  stage {stage.name}: {human(stage.tokens, 'tokens')} in {stage.updates} updates of {mix}")
+        rows = f" with {stage.sequences} rows" if stage.sequences else ""
+        lines.append(f"  stage {stage.name}: {human(stage.tokens, 'tokens')} in {stage.updates} updates{rows} of {mix}")
         lines.append(
             f"    {stage.schedule['name']} learning rate: starts at {stage.rate_start:.3g}{was}, "
             f"peak {stage.rate_peak:.3g}, ends at {stage.rate_end:.3g}; {stage.optimizer['name']}, "

@@ -31,7 +31,7 @@ from perennial.train import loop, memory_advice
 from perennial.train.limits import check_memory, check_processes
 from perennial.train.parallel import World, join_world, leave_world, wait_for_all
 from perennial.train.precision import autocast, native_precision
-from perennial.train.recipe import ParallelSettings, Recipe, parse_recipe, read
+from perennial.train.recipe import ParallelSettings, Recipe, fewest_rows, parse_recipe, read
 from perennial.train.resolve import resolve
 from perennial.train.resolved import Resolved, describe, recipe_hash
 from perennial.train.session import Session
@@ -249,7 +249,7 @@ def _only_here(folder: Path, world: World) -> Iterator[None]:
 def start(recipe: Recipe, folder: Path, *, base: Path, header: str = "", quiet: bool = False) -> dict[str, Any]:
     """Makes the run folder (on the main process) and trains."""
     world = join_world()
-    check_processes(recipe.batch.sequences, world.size // recipe.parallel.tensor)
+    check_processes(fewest_rows(recipe), world.size // recipe.parallel.tensor)
     with undone_on_error(folder) if world.is_main else contextlib.nullcontext():
         if world.is_main:
             make_run(recipe, folder, base=base, header=header)

@@ -40,8 +40,7 @@ class Saver:
 
     def may_try_again(self) -> bool:
         """Whether this is a quarter of the way from a save that may have failed to the next; equal on all processes."""
-        resolved = self._session.resolved
-        every, batch = resolved.checkpoint_every_tokens, resolved.batch.tokens
+        every, batch = self._session.resolved.checkpoint_every_tokens, self._session.update_tokens
         if every is None or self._periodic is None:
             return False
         quarter = max(1, every // 4 // batch) * batch

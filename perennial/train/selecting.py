@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,9 @@ from perennial.train.origin import MAX_ROW_TOKENS
 from perennial.train.precision import autocast, native_precision
 
 Which = Literal["lowest", "middle", "highest"]
+
+_LEAST_DOCUMENTS = 8
+"""Documents that a part has at least, so that some can be held out of it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,60 @@ def select(
     if out.exists() or out.suffix != ".jsonl":
         why = "exists already; give another name, or delete it" if out.exists() else "its name must end in .jsonl"
         raise UserError(f"--out {out}: {why}")
-    checkpoint = lineages.newest_checkpoint(by)
+    losses, sizes = _losses(source, lineages.newest_checkpoint(by), text_field, reader, sequence_length, quiet)
+    means = losses / np.maximum(1, sizes)
+    chosen = choose(means, sizes, amount.of(float(sizes.sum())), which)
+    _write(out, _documents(source, text_field, reader), chosen, means, sizes)
+    return {
+        "out": str(out),
+        "documents": len(sizes),
+        "kept": int(chosen.sum()),
+        "tokens": int(sizes.sum()),
+        "kept_tokens": int(sizes[chosen].sum()),
+        "nats_per_token": float(losses.sum() / sizes.sum()),
+        "kept_nats_per_token": float(losses[chosen].sum() / sizes[chosen].sum()),
+        "highest": float(means[chosen].max()),
+    }
+
+
+def divide(source: Path, by: Path, outs: Sequence[Path], *, quiet: bool = False) -> None:
+    """Writes a prepared corpus (its training part) to `outs` in parts equal in tokens, the likeliest documents first.
+
+    by: the checkpoint whose losses decide; `outs` are .jsonl files as `select` writes them, and what is there is
+    replaced. Raises UserError for a corpus with too few documents.
+    """
+    tune_process()
+    losses, sizes = _losses(source, by, "text", AUTO, None, quiet)
+    means = losses / np.maximum(1, sizes)
+    places = parts(means, sizes, len(outs))
+    fewest = int(np.bincount(places, minlength=len(outs)).min())
+    if fewest < _LEAST_DOCUMENTS:
+        raise UserError(
+            f"{source}: {len(sizes)} documents are too few for {len(outs)} parts equal in tokens: one has {fewest}, "
+            f"and {_LEAST_DOCUMENTS} are needed; take fewer parts, or more text"
+        )
+    for number, out in enumerate(outs):
+        _write(out, _documents(source, "text", AUTO), places == number, means, sizes)
+
+
+def parts(means: NDArray[np.float64], sizes: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+    """The part that each document falls into, of `number` that are about equal in tokens: 0 has the lowest means."""
+    order = np.argsort(means, kind="stable")
+    middles = np.cumsum(sizes[order]) - sizes[order] / 2
+    result = np.empty(len(sizes), np.int64)
+    result[order] = np.minimum(number - 1, number * middles / max(1, sizes.sum())).astype(np.int64)
+    return result
+
+
+def _losses(
+    source: Path,
+    checkpoint: Path,
+    text_field: str,
+    reader: Reader | str,
+    sequence_length: int | None,
+    quiet: bool,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(nats, tokens) of every document under a checkpoint, in their order. Raises UserError when there is none."""
     if is_prepared(source):
         open_for(checkpoint, {"corpus": source})
     elif not source.exists():
@@ -99,22 +155,9 @@ def select(
         ):
             nats.append(loss)
             counts.append(count)
-    losses, sizes = np.array(nats), np.array(counts)
-    if not len(sizes):
+    if not counts:
         raise UserError(f"{source}: has no documents to choose from")
-    means = losses / np.maximum(1, sizes)
-    chosen = choose(means, sizes, amount.of(float(sizes.sum())), which)
-    _write(out, _documents(source, text_field, reader), chosen, means, sizes)
-    return {
-        "out": str(out),
-        "documents": len(sizes),
-        "kept": int(chosen.sum()),
-        "tokens": int(sizes.sum()),
-        "kept_tokens": int(sizes[chosen].sum()),
-        "nats_per_token": float(losses.sum() / sizes.sum()),
-        "kept_nats_per_token": float(losses[chosen].sum() / sizes[chosen].sum()),
-        "highest": float(means[chosen].max()),
-    }
+    return np.array(nats), np.array(counts)
 
 
 def choose(

@@ -42,7 +42,7 @@ from perennial.train.apart import Replicas, workers_of
 from perennial.train.defaults import defaults
 from perennial.train.feeding import TorchBatch
 from perennial.train.history import component, order_of, stage_record
-from perennial.train.limits import check_memory, check_processes, layout_for, memory_bytes
+from perennial.train.limits import check_memory, check_processes, layout_for, library_pages, memory_bytes
 from perennial.train.new_rows import NewRows
 from perennial.train.opening import Opening
 from perennial.train.parallel import Spread, World, placed, sum_values, summed, wait_for_all
@@ -87,9 +87,10 @@ class Session:
     """Model, optimizer, data, records and console of one run on this process."""
 
     def __init__(self, folder: Path, resolved: Resolved, world: World, *, quiet: bool = False) -> None:
+        library_pages()  # from here on pages of files are text
         config = parse_config(resolved.model)
         world = placed(world, layout_for(resolved, config, world))
-        check_processes(resolved.batch.sequences, world.data_size)
+        check_processes(resolved.fewest_rows, world.data_size)
         self.folder, self.resolved, self.world = folder, resolved, world
         self.crew = Crew(world)
         self.communication = component("communications", resolved.communication)
@@ -159,7 +160,7 @@ class Session:
     def _record_hang(self, hang: Hang) -> None:
         made = max(0, min(seen.note.update for seen in hang.everyone) - 1)
         behind = [{"rank": s.note.rank, "phase": s.note.phase, "seconds": round(s.seconds, 1)} for s in hang.behind]
-        self.records.write("hang", tokens=made * self.resolved.batch.tokens, behind=behind)
+        self.records.write("hang", tokens=self.resolved.tokens_after(made), behind=behind)
 
     def tell(self, text: str) -> None:
         """Says what this process waits for; it does not hang meanwhile."""
@@ -381,7 +382,7 @@ class Session:
             assert group["lr"] == progress.rate * group["rate_multiplier"], (
                 "the learning rate in effect is not the one asked for"
             )
-        tokens, stage = self.resolved.batch.tokens, made.stage
+        tokens, stage = self.resolved.batch_tokens_of(made.stage), made.stage
         speed = tokens / (made.data_seconds + seconds)
         mfu = tokens * stage.flops / stage.tokens / seconds / (self._peak_flops * self.world.size)
         self.records.write(
@@ -416,7 +417,7 @@ class Session:
         progress = self.state.progress
         if self.communication.trains_apart:
             self.watchdog.enter("exchange")
-        number = progress.stage_tokens // self.resolved.batch.tokens
+        number = progress.stage_tokens // self.resolved.batch_tokens_of(stage)
         progress.sent_bytes += self.rounds.after_update(number, last=progress.stage_tokens >= stage.tokens)
 
     def is_due(self) -> bool:
@@ -448,7 +449,13 @@ class Session:
 
     def _due(self, every: int | None) -> bool:
         now = self.state.progress.tokens
-        return every is not None and now // every > (now - self.resolved.batch.tokens) // every
+        return every is not None and now // every > (now - self.update_tokens) // every
+
+    @property
+    def update_tokens(self) -> int:
+        """Tokens of an update in the stage that the run stands in."""
+        stages = self.resolved.stages
+        return self.resolved.batch_tokens_of(stages[min(self.state.progress.stage, len(stages) - 1)])
 
     def evaluate(self, moment: str) -> dict[str, Any]:
         """Measures every corpus's validation loss now, records and returns it."""

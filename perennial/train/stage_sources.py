@@ -86,7 +86,7 @@ def check_repetition(recipe: Recipe, stages: list[ResolvedStage], corpora: Mappi
     drawn: dict[str, int] = {}
     for stage in stages:
         order = stage_order(stage.sources, by_fingerprint, recipe.seed, recipe.batch.sequence_length, stage.name, drawn)
-        rows = stage.updates * recipe.batch.sequences
+        rows = stage.updates * (stage.sequences or recipe.batch.sequences)
         try:
             order.check_repetition(rows)
         except UserError as error:

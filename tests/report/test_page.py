@@ -74,7 +74,7 @@ def page(comparison: Comparison) -> str:
 def test_every_section_has_something_to_say(page: str) -> None:
     ids = checked(page).attributes("id")
     for name in plugins.names("sections"):
-        if name not in ("summary", "incidents", "tasks", "foretold"):
+        if name not in ("summary", "incidents", "tasks", "foretold", "switches"):
             assert name in ids, name
     assert 'class="lead"' in page
     assert 'id="incidents"' not in page

@@ -64,6 +64,7 @@ def situation(*stages: StageRecord, budget: str = "500K tokens", **changes: Any)
         "shift": (2.0, 4.0),
         "parameters": 1e6,
         "batch_tokens": 1000,
+        "batch_rows": 8,
         "fresh_tokens": 1e6,
     }
     return Situation(**{**facts, **changes})
@@ -118,6 +119,21 @@ def test_rewarm_scales_its_peak_and_decays_when_there_is_nothing_to_raise() -> N
     assert (small["schedule"]["peak"], small["schedule"]["final"]) == (LEFT, LEFT / 10)
     [on_trunk] = plan("rewarm", situation(TRUNK))
     assert on_trunk["schedule"]["final"] == PEAK / 10
+
+
+def test_small_batches_at_first_share_one_schedule_with_whole_ones() -> None:
+    small, whole = plan({"name": "rewarm", "batch_warmup": "40%"}, situation())
+    [plain] = plan("rewarm", situation())
+    assert (small["sequences"], whole.get("sequences")) == (4, None)
+    assert [parse(stage["budget"]).value for stage in (small, whole)] == [200_000, 300_000]
+    rates = [plugins.build("schedules", stage["schedule"])[0] for stage in (small, whole)]
+    alone = plugins.build("schedules", {**plain["schedule"], "start": LEFT})[0]
+    assert rates[0].rate(200_000, 200_000) == pytest.approx(rates[1].rate(0, 300_000))
+    assert rates[1].rate(150_000, 300_000) == pytest.approx(alone.rate(350_000, 500_000))
+    with pytest.raises(UserError, match="two rows or more"):
+        plan({"name": "rewarm", "batch_warmup": "40%"}, situation(batch_rows=1))
+    with pytest.raises(UserError, match="below 100%"):
+        named("{name: rewarm, batch_warmup: 100%}", "--recipe")
 
 
 def test_a_trunk_goes_on_and_its_branch_is_a_stage_of_its_own() -> None:

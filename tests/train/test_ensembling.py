@@ -150,7 +150,8 @@ def test_settings_and_ways_that_do_not_fit_are_refused(workspace: Any, base: Pat
     ):
         with pytest.raises(UserError, match=words):
             ensemble_of(text)
-    for way, words in (("average", "averages its run"), ("stability_gap", "a part of the new text")):
+    ways = (("average", "averages its run"), ("stability_gap", "a part of"), ("curriculum", "a part of the new text"))
+    for way, words in ways:
         with pytest.raises(UserError, match=f"--ensemble: does not go with --recipe {way}, which.*{words}"):
             continue_ensemble(base, {"new": workspace.new}, TWO, out=tmp_path / "no", **{**HOW, "how": way})
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +190,25 @@ def test_memory_that_runs_out_on_a_gpu(workspace: Any, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="out of memory: this GPU held"):
         start(parse_recipe(workspace.recipe()), tmp_path / "run", base=Path(), quiet=True)
     assert (tmp_path / "run" / memory_advice.SNAPSHOT).stat().st_size > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux's count of pages")
+def test_mapped_text_is_no_memory_in_use(tmp_path: Path) -> None:
+    """64 MiB that are mapped and read count for less than 4, the same size that is allocated for all of it."""
+    (tmp_path / "text").write_bytes(b"x" * (64 << 20))
+    program = f"""
+import numpy, torch
+from perennial.train.limits import library_pages, memory_bytes
+library_pages()
+cpu = torch.device("cpu")
+begun = memory_bytes(cpu)
+text = numpy.memmap({str(tmp_path / "text")!r}, mode="r")
+assert int(text[::512].sum()) > 0
+print((memory_bytes(cpu) - begun) >> 20)
+filled = numpy.ones(64 << 20, numpy.uint8)
+print((memory_bytes(cpu) - begun) >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    mapped, allocated = map(int, done.stdout.split())
+    assert mapped < 4
+    assert 60 <= allocated < 72

@@ -263,6 +263,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "l2": {"pull": {"name": "l2", "strength": 20.0}},
     "fisher": {"pull": {"name": "fisher", "strength": 20.0, "samples": 8}, "objective": "distillation"},
     "denoising": {"objective": "denoising"},
+    "fewer rows": {"sequences": 4},
     "prompt_template": {"objective": {"name": "prompt_template", "template": "Text: {text}!"}},
 }
 

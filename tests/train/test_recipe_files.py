@@ -38,6 +38,9 @@ def after_the_demo(workspace: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     prepare(settings, root / "demo/corpora/new")
     for name, like in (("best", "new"), ("few", "new"), ("self", "old")):
         (root / f"demo/corpora/{name}").symlink_to(root / "demo/corpora" / like)
+    (root / "runs/curriculum/corpora").mkdir(parents=True)
+    for part in ("new-1of3", "new-2of3", "new-3of3"):  # of recipes/curriculum.yaml, which its command cuts
+        (root / "runs/curriculum/corpora" / part).symlink_to(root / "demo/corpora/new")
     recipe = workspace.recipe(
         model={"options": {**TINY, "context": 128}}, batch={"sequences": 16, "sequence_length": 128}
     )

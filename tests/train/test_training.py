@@ -83,6 +83,24 @@ def test_a_run_that_is_over_leaves_nothing_in_memory(workspace: Any, tmp_path: P
     assert not any(corpus in mapped for corpus in corpora.values())
 
 
+def test_a_batch_that_grows_from_stage_to_stage(workspace: Any, tmp_path: Path) -> None:
+    """One order of rows, rates by tokens; 4 rows of 32 tokens, then the run's 8."""
+    recipe = two_stages(workspace)
+    recipe["stages"][0]["sequences"] = 4
+    recipe["evaluation"] = {"every": "512 tokens", "tokens": "1024 tokens"}
+    start(parse_recipe(recipe), tmp_path / "run", base=Path(), quiet=True)
+    made = [(e["stage"], e["tokens"], e["step"]) for e in records.read(tmp_path / "run/events.jsonl", "train")]
+    assert made[:16] == [("first", 128 * i, i) for i in range(1, 17)]
+    assert made[16:] == [("second", 2048 + 256 * i, 16 + i) for i in range(1, 9)]
+    measured = [e["tokens"] for e in records.read(tmp_path / "run/events.jsonl", "evaluation")]
+    assert measured == [0, 512, 1024, 1536, 2048, 2560, 3072, 3584, 4096]
+    stages = lineage.read(newest_checkpoint(tmp_path / "run")).stages
+    assert [s.batch_tokens for s in stages] == [128, 256]
+    assert [sum(source["rows"] for source in s.sources) for s in stages] == [64, 64]
+    with pytest.raises(UserError, match="sequences 9 is above batch.sequences, 8"):
+        parse_recipe({**recipe, "stages": [{**recipe["stages"][0], "sequences": 9}]})
+
+
 def test_a_signal_in_the_last_moments_is_told_to_who_goes_on(
     workspace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

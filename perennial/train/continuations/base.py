@@ -61,8 +61,12 @@ class Situation:
     parameters: float = 0.0
     batch_tokens: int = 1
     """Tokens per update."""
+    batch_rows: int = 1
+    """Rows of an update."""
     fresh_tokens: float | None = None
     """Training tokens that the new corpora have; None while they are still raw text."""
+    fresh_shares: tuple[float, ...] = ()
+    """The share of these tokens that each of the new corpora has; empty while that is not known."""
     optimizer: Any = "adamw"
     """The parent's."""
     has_moments: bool = True
@@ -119,6 +123,18 @@ class Planned:
     stages: list[dict[str, Any]]
     """As in a recipe; optimizer, its state and objective may be left to the parent's manner."""
     reasons: list[str] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Settings of the recipe's `evaluation` that the way needs to be seen at work."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the new text is put in order before it is trained on."""
+
+    order: str
+    """'given' (as named), 'easy' (the parent's likeliest first) or 'hard' (last)."""
+    parts: int
+    """Parts that a single corpus is cut into, unless the order is the given one."""
 
 
 class Continuation(Settings, ABC):
@@ -140,6 +156,10 @@ class Continuation(Settings, ABC):
 
     def subset_share(self, situation: Situation) -> float | None:
         """The share of the new documents to keep, those that the parent finds likeliest; None: all of them."""
+        return None
+
+    def arrangement(self) -> Arrangement | None:
+        """How the new text is put in order, a stage for each corpus or part; None: it is all drawn from at once."""
         return None
 
 

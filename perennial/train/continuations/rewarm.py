@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pydantic import field_validator
+
 from perennial.core.amounts import Amount
+from perennial.core.errors import UserError
 from perennial.train import origin
 from perennial.train.continuations.base import (
     UPDATE,
@@ -30,15 +33,37 @@ from perennial.train.continuations.base import (
 class Rewarm(Continuation):
     """One stage with a rise and a fall of its own."""
 
-    EXAMPLES: ClassVar[list[dict[str, Any]]] = [{}, {"warmup": "2%"}]
+    EXAMPLES: ClassVar[list[dict[str, Any]]] = [{}, {"warmup": "2%"}, {"batch_warmup": "40%"}]
     USES_PEAK: ClassVar[bool] = True
 
     warmup: Share = Amount(0.01, "share")
     """Length of the rise. Ibrahim et al. (section 6.1) see no difference in the end between 0 and 2%."""
 
+    batch_warmup: Share = Amount(0.0, "share")
+    """First part of the update that is trained with half of the rows. Default: none, see `Differs`."""
+
+    @field_validator("batch_warmup")
+    @classmethod
+    def _leaves_some(cls, share: Amount) -> Amount:
+        if share.value >= 1:
+            raise ValueError(f"{share}: must be below 100%; for fewer rows throughout set batch.sequences")
+        return share
+
     def plan(self, situation: Situation) -> Planned:
         schedule, reasons = rise_and_fall(situation, self.warmup)
-        return Planned([stage(UPDATE, str(situation.budget), situation.mixture(), schedule)], reasons)
+        if not self.batch_warmup.value:
+            return Planned([stage(UPDATE, str(situation.budget), situation.mixture(), schedule)], reasons)
+        if situation.batch_rows < 2:
+            raise UserError(f"{situation.option} rewarm: batch_warmup needs batches of two rows or more, not of one")
+        schedule["start"] = situation.lineage.rate  # "parent" would be the stage before, in the second part
+        budgets = situation.split(self.batch_warmup.value, 1 - self.batch_warmup.value)
+        small, whole = ({"name": "part", "of": schedule, edge: str(self.batch_warmup)} for edge in ("last", "first"))
+        rows = situation.batch_rows // 2
+        stages = [
+            stage("small-batches", budgets[0], situation.mixture(), small, sequences=rows),
+            stage(UPDATE, budgets[1], situation.mixture(), whole),
+        ]
+        return Planned(stages, [*reasons, f"batch: {rows} rows in the first {self.batch_warmup}, then twice as many"])
 
 
 def rise_and_fall(situation: Situation, warmup: Amount) -> tuple[dict[str, Any], list[str]]:
