@@ -205,7 +205,8 @@ def _train(folder: Path, parallel: Sequence[str], *, quiet: bool) -> dict[str, A
     if finished := records.read(folder / EVENTS, "done"):
         line = ProgressLine("train", quiet=quiet or rank() > 0)
         line.note(f"{folder}: this run is complete, there is nothing to go on with")
-        return {"run": str(folder), "complete": True, **{k: finished[-1][k] for k in loop.SUMMARY}}
+        state = {"complete": True, "asked_to_stop": False}
+        return {"run": str(folder), **state, **{k: finished[-1][k] for k in loop.SUMMARY}}
     world = join_world()
     try:
         with _only_here(folder, world), contextlib.closing(Session(folder, resolved, world, quiet=quiet)) as session:

@@ -20,7 +20,7 @@ from tests.workspace import TINY, Workspace
 
 MEASURES = {"nats_per_token", "bits_per_byte", "tokens", "bytes"}
 CORPUS = {"fingerprint", "tokenizer", "counts", "splits", "inputs", "settings"}
-SUMMARY = {"run", "complete", "tokens", "flops", "seconds", "evaluation"}
+SUMMARY = {"run", "complete", "asked_to_stop", "tokens", "flops", "seconds", "evaluation"}
 RECIPE = {
     "name": "base",
     "model": {"options": TINY},

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -133,6 +134,7 @@ class _Rows:
 
     def __init__(self, ids: torch.Tensor) -> None:
         self.inputs, self.targets = ids[:, :-1].numpy(), ids[:, 1:].numpy()
+        self.source = np.zeros(len(ids), np.int64)
 
 
 @pytest.mark.parametrize("name", ["opt: learned positions", "gpt_bigcode: one key head", "starcoder2: biases"])

@@ -352,5 +352,5 @@ def test_what_is_held_beside_the_model_is_counted(base: Path, workspace: Workspa
         world = World(0, 1, torch.device("cpu"))
         config = parse_config(resolved.model)
         parts[name] = estimate(config, _training(resolved, world, config, resolved.stages[0])).parts()
-    copies = {"plain": 0, "l2": 1, "fisher": 2, "denoising": 0, "prompt_template": 0}
+    copies = {"plain": 0, "l2": 1, "fisher": 2, "denoising": 0, "fewer rows": 0, "prompt_template": 0}
     assert {name: found["other_models"] / found["parameters"] for name, found in parts.items()} == copies
