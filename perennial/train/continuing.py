@@ -35,7 +35,7 @@ from perennial.train.continuations.base import Continuation, Planned, Situation
 from perennial.train.corpora import old_corpora
 from perennial.train.given_data import check_given, is_prepared, prepared_data
 from perennial.train.origin import ESTIMATE, WARNING, Manner
-from perennial.train.recipe import REPLAY, ParentFacts, Recipe, parse_recipe, read
+from perennial.train.recipe import REPLAY, ParentFacts, Recipe, fewest_rows, parse_recipe, read
 from perennial.train.shift import measured_shift, replay_share
 from perennial.train.starting import Parent, read_parent
 
@@ -327,7 +327,7 @@ def continue_run(
             "`perennial merge PARENT RUN --out DIR`"
         )
     if processes is not None:
-        check_rows(processes, sequences=asked.recipe.batch.sequences, tensor=asked.recipe.parallel.tensor)
+        check_rows(processes, sequences=fewest_rows(asked.recipe), tensor=asked.recipe.parallel.tensor)
     check_given(checkpoint, given)
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
