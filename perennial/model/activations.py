@@ -29,7 +29,7 @@ class Kept:
 def kept_by_layer(config: ModelConfig, training: Training) -> list[Kept]:
     """Every tensor that one layer's forward pass keeps for its backward pass, its weights aside.
 
-    Without checkpointing. Tensor parallelism divides what has heads or feed-forward columns (`_parted`).
+    Without checkpointing. Tensor parallelism divides what has heads or feed-forward columns (`sizes`).
     """
     D, F, Q, S, N = sizes(config, training)
     rows, T = training.rows, training.sequence_length
