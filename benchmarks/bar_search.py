@@ -45,8 +45,6 @@ class Trial:
     objective: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None
     """'annealed': a run that was made for it from the trunk, whose cost is taken off the update's tokens."""
-    more: dict[str, Any] = field(default_factory=dict)
-    """Of the stage."""
     shape: str = "linear"
     first_rows: int | None = None
     """Rows of a batch in the first half, where they are fewer."""
@@ -168,7 +166,7 @@ class Bench:
             tokens /= 1 + trial.replay / 3
         again = self.old if trial.unseen else "replay"
         mixture = {self.new: 1 - trial.replay, again: trial.replay}
-        stage = {"objective": objective or "next_token", **trial.more}
+        stage = {"objective": objective or "next_token"}
         schedule = {**down(trial.peak * rate), "name": trial.shape}
         if trial.later is None and trial.first_rows is None:
             return self.train(name, int(tokens), mixture, schedule, rows=trial.rows, parent=trunk, **stage)
