@@ -54,6 +54,13 @@ class Trial:
     """Whether the old text is such that the trunk has not read yet, instead of what it read."""
     trunk: float = TRUNK_SHARE
     """The trunk's rate as a part of retraining's peak."""
+    annealed: bool = False
+    """Whether the parent is a decayed base and the update re-warms, as `perennial continue` does by itself."""
+
+
+def rewarmed(share: float, rows: int, peak: float = 1.0) -> Trial:
+    """From a base whose rate fell to a tenth, back to a part of retraining's peak, and down to where it was."""
+    return Trial(replay=share, rows=rows, peak=peak, annealed=True)
 
 
 def distilled(share: float, weight: float, **rest: Any) -> Trial:
@@ -94,6 +101,16 @@ TRIALS: dict[str, Trial] = {
     "40% unseen old text, peak x 1.5": Trial(replay=0.4, unseen=True, peak=1.5),
     "40% unseen old text, lower trunk": Trial(replay=0.4, unseen=True, trunk=0.25, peak=2.0),
     "50% unseen old text, 4 rows, peak x 0.7": Trial(rows=4, peak=0.7, unseen=True),
+    "re-warmed, 25%, 16 rows": rewarmed(0.25, 16),
+    "re-warmed, 25%, 8 rows": rewarmed(0.25, 8),
+    "re-warmed, 25%, 8 rows, peak x 0.7": rewarmed(0.25, 8, 0.7),
+    "re-warmed, 40%, 16 rows": rewarmed(0.4, 16),
+    "re-warmed, 40%, 8 rows": rewarmed(0.4, 8),
+    "re-warmed, 40%, 8 rows, peak x 0.7": rewarmed(0.4, 8, 0.7),
+    "re-warmed, 50%, 8 rows": rewarmed(0.5, 8),
+    "re-warmed, 40%, 4 rows, peak x 0.7": rewarmed(0.4, 4, 0.7),
+    "replay 25%, 16 rows": Trial(replay=0.25, rows=16),
+    "replay 40%, 16 rows": Trial(replay=0.4, rows=16),
 }
 
 
@@ -151,7 +168,9 @@ class Bench:
         return rows
 
     def update(self, name: str, trial: Trial) -> dict[str, float]:
-        """The final losses of a trial, whose trunk and teacher are trained first."""
+        """The final losses of a trial, whose parent and teacher are trained first."""
+        if trial.annealed:
+            return self.rewarm(name, trial)
         rate = trial.trunk * self.size["peak"]
         trunk = "trunk" if trial.trunk == TRUNK_SHARE else f"trunk_{trial.trunk:g}"
         flat = {"name": "constant", "peak": rate, "warmup": "5%"}
@@ -176,6 +195,15 @@ class Bench:
         second = ({self.new: 1 - later, again: later}, last)
         rows: dict[str, Any] = {"rows": trial.rows, "first_rows": trial.first_rows}
         return self.train(name, int(tokens / 2), mixture, first, second=second, parent=trunk, **rows, **stage)
+
+    def rewarm(self, name: str, trial: Trial) -> dict[str, float]:
+        """The final losses of an update of a decayed base."""
+        peak = self.size["peak"]
+        fall = {"peak": peak, "final": peak / 10, "warmup": "5%"}
+        self.train("base", self.tokens, {self.old: 1.0}, {"name": "cosine", **fall}, rows=16)
+        schedule = {**fall, "name": "rewarm", "start": "parent", "peak": trial.peak * peak, "warmup": "1%"}
+        mixture = {self.new: 1 - trial.replay, "replay": trial.replay}
+        return self.train(name, self.tokens, mixture, schedule, rows=trial.rows, parent="base")
 
     def train(
         self,

@@ -1,20 +1,24 @@
 """DiLoCo against summing gradients on every update: final loss at equal tokens, and bytes sent.
 
     python benchmarks/diloco.py [--work FOLDER] [--records FOLDER] [--workers 2] [--seeds 1]
-        [--updates 1500] [--sequences 4] [--peak 1e-3] [--optimizer adamw] [--outer 0.7:0.5 1:0 ...] [--corpora FOLDER]
+        [--updates 1500] [--sequences 4] [--peak 1e-3] [--optimizer adamw] [--outer 0.7:0.5 1:0 ...]
+        [--rates 1 2 ...] [--corpora FOLDER]
 
 On the demo's corpora (documentation and source code of this Python installation): a base from random weights on the
 old corpus, and its continuation on the new one with replay as `perennial continue` derives it; each with every_update
 and with diloco at H = 30 and the same batch, of which each worker reads its share. `--outer` compares outer rates and
-momenta. The bar: within 1 % of every_update's loss on the corpus that is trained on. Both continuations start from the
-base that every_update made. Resumable: run it again; records (recipes, events, table) go to --records.
+momenta, `--rates` learning rates, as multiples of the recipe's, for both. The bar: within 1 % of every_update's best
+loss on the corpus that is trained on. All continuations start from the base that every_update made at the rate 1.
+Resumable: run it again; records (recipes, events, table) go to --records.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +104,15 @@ def continued_recipe(
     return dict(found.recipe.model_dump(mode="json", exclude_unset=True))
 
 
+def at_rate(recipe: dict[str, Any], rate: float) -> dict[str, Any]:
+    """The recipe with this many times its learning rates."""
+    stages = []
+    for stage in recipe["stages"]:
+        rates = {key: rate * value for key, value in stage["schedule"].items() if key in ("peak", "final")}
+        stages.append({**stage, "schedule": {**stage["schedule"], **rates}})
+    return {**recipe, "stages": stages}
+
+
 def train(run: Path, recipe: dict[str, Any], communication: Any, workers: int) -> None:
     """One run by as many processes as workers; one that is complete is not repeated."""
     from perennial.core.files import write_json
@@ -148,10 +161,11 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         own = "old" if task.startswith("base") else "new"
         for name, by_seed in runs.items():
             loss = {c: [r["losses"].get(c) for r in by_seed.values()] for c in ("old", "new")}
-            summed = [runs[SUMMED][seed]["losses"][own] for seed in by_seed]
+            plain = [found for other, found in runs.items() if other.startswith(SUMMED)]
+            summed = [min(found[seed]["losses"][own] for found in plain) for seed in by_seed]
             changes = [mine / other - 1 for mine, other in zip(loss[own], summed, strict=True)]
             means = [f"{sum(v) / len(v):.4f}" if None not in v else "-" for v in (loss["old"], loss["new"])]
-            change = ["-", "-"] if name == SUMMED else [f"{sum(changes) / len(changes):+.2%}", f"{max(changes):+.2%}"]
+            change = [f"{sum(changes) / len(changes):+.2%}", f"{max(changes):+.2%}"]
             sent = next(iter(by_seed.values()))["sent_bytes"]
             cells = [task, name, str(len(by_seed)), *means, *change, f"{sent / 1e6:,.1f} MB"]
             lines.append("| " + " | ".join(cells) + " |")
@@ -172,6 +186,7 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=30)
     parser.add_argument("--preset", default="1m")
     parser.add_argument("--outer", nargs="*", default=[], metavar="RATE:MOMENTUM")
+    parser.add_argument("--rates", nargs="*", type=float, default=[1.0], metavar="FACTOR", help="1 must be among them")
     parser.add_argument("--tasks", nargs="*", default=["base", "continued"], choices=["base", "continued"])
     arguments = parser.parse_args()
     arguments.work = arguments.work.resolve()
@@ -183,11 +198,13 @@ def main() -> None:
         folder = arguments.work / setting / f"seed{seed}"
         for task in arguments.tasks:
             base = folder / "base" / SUMMED
-            for name, communication in communications(arguments.inner, arguments.outer).items():
+            tried = communications(arguments.inner, arguments.outer).items()
+            for (kind, communication), rate in itertools.product(tried, sorted(arguments.rates, key=_from_one)):
+                name = kind if rate == 1 else f"{kind} rate {rate:g}"
                 run = folder / task / name.replace(" ", "-").replace(":", "-")
                 make = base_recipe(corpora, arguments, seed) if task == "base" else None
                 recipe = make or continued_recipe(base, corpora, arguments, seed + 1)
-                train(run, recipe, communication, arguments.workers)
+                train(run, at_rate(recipe, rate), communication, arguments.workers)
                 one = result(run)
                 found.setdefault(task, {}).setdefault(name, {})[f"seed{seed}"] = one
                 print(json.dumps({"task": task, "communication": name, "seed": seed, **one}), flush=True)
@@ -200,6 +217,11 @@ def main() -> None:
         arguments.records.mkdir(parents=True, exist_ok=True)
         (arguments.records / "summary.md").write_text(text, encoding="utf-8")
         (arguments.records / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def _from_one(rate: float) -> float:
+    """What sorts the rates by their distance from 1, whose base all continuations need."""
+    return abs(math.log(rate))
 
 
 if __name__ == "__main__":

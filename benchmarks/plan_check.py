@@ -264,7 +264,7 @@ def _keep(checks: list[Check], folder: Path, work: Path, text: str, rows: list[d
 
     def nameless(path: Path) -> str:
         content = path.read_text(encoding="utf-8")
-        for place in (work.resolve(), work, ROOT):
+        for place in (work.resolve(), work, os.path.relpath(work, ROOT), ROOT):
             content = content.replace(str(place), "WORK" if place != ROOT else "ROOT")
         return content
 
