@@ -86,9 +86,21 @@ def _finished(settings: PrepareSettings, identity: dict[str, Any], out: Path) ->
         raise UserError(f"{out}: holds something that is not a prepared corpus; choose another place")
     wanted = {**identity, "inputs": manifest["identity"]["inputs"]}
     if all(Path(path).exists() for path in settings.inputs):  # once prepared, the raw text may be put away
-        wanted["inputs"] = _listings(settings)
+        found = survey(settings.inputs, settings.reader)
+        if not _are_copies(found, manifest["inputs"]):
+            wanted["inputs"] = [source.listing for source in found]
     _check_same(manifest["identity"], wanted, f"{out}: holds a corpus prepared", "delete it, or choose another place")
     return manifest
+
+
+def _are_copies(inputs: Sequence[Input], prepared: Sequence[dict[str, Any]]) -> bool:
+    """Whether inputs hold what was prepared, although they were perhaps copied, moved or fetched again since."""
+    if [source.num_bytes for source in inputs] != [facts["bytes"] for facts in prepared]:
+        return False
+    return all(
+        source.listing == facts["listing"] or (facts.get("contents") or "") == source.contents()
+        for source, facts in zip(inputs, prepared, strict=True)
+    )
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], what: str, advice: str) -> None:

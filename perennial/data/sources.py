@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 from perennial.core import plugins
 from perennial.core.errors import UserError
+from perennial.core.files import sha256
 from perennial.core.settings import raise_problems
 from perennial.data.documents import FILE_START, Document, Fields, Position
 from perennial.data.readers.base import Reader, absent_field
 
 AUTO = "auto"
+CHECKSUM_BYTES = 4 << 30
+"""Inputs up to this size are known by their contents as well: reading them once more takes seconds."""
 _METADATA_CHECK_DOCUMENTS = 1000
 _SKIPPED_FOLDERS = ("__pycache__",)
 
@@ -48,10 +51,19 @@ class Input:
         else:
             yield from (file for file in _walk(self.path, "") if self.reader.matches(file.name))
 
+    def contents(self) -> str | None:
+        """sha256 over name and sha256 of every file, which a copy shares; None above `CHECKSUM_BYTES`."""
+        if self.num_bytes > CHECKSUM_BYTES:
+            return None
+        digest = hashlib.sha256()
+        for file in self.files():
+            digest.update(f"{file.name}\0{sha256(file.path)}\n".encode())
+        return digest.hexdigest()
+
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
         facts = {"path": str(self.path), "reader": plugins.dump(self.reader), "files": self.num_files}
-        return {**facts, "bytes": self.num_bytes, "listing": self.listing}
+        return {**facts, "bytes": self.num_bytes, "listing": self.listing, "contents": self.contents()}
 
 
 class Place(NamedTuple):

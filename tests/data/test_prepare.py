@@ -419,6 +419,34 @@ def test_other_settings_or_inputs_are_refused(raw: Path, tmp_path: Path, monkeyp
         prepare(settings(raw, inputs=[str(copy)], name="other"), tmp_path / "out")
 
 
+def test_a_copy_of_the_inputs_is_the_same_text(raw: Path, tmp_path: Path) -> None:
+    copy, other = tmp_path / "copy.jsonl", tmp_path / "elsewhere"
+    copy.write_bytes((raw / "text/a.jsonl").read_bytes())
+    manifest = prepare(settings(raw, inputs=[str(copy)]), tmp_path / "out")
+    os.utime(copy, ns=(0, 0))
+    assert prepare(settings(raw, inputs=[str(copy)]), tmp_path / "out") == manifest
+    other.mkdir()
+    moved = copy.rename(other / copy.name)
+    assert prepare(settings(raw, inputs=[str(moved)]), tmp_path / "out") == manifest
+    text = moved.read_bytes()
+    moved.write_bytes(text[:-9] + bytes(reversed(text[-9:])))  # as long as before
+    with pytest.raises(UserError, match=r"\(different: inputs\)"):
+        prepare(settings(raw, inputs=[str(moved)]), tmp_path / "out")
+
+
+def test_inputs_too_large_to_read_twice_are_known_by_their_times(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "CHECKSUM_BYTES", 100)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((raw / "text/a.jsonl").read_bytes())
+    manifest = prepare(settings(raw, inputs=[str(copy)]), tmp_path / "out")
+    assert manifest["inputs"][0]["contents"] is None
+    os.utime(copy, ns=(0, 0))
+    with pytest.raises(UserError, match=r"\(different: inputs\)"):
+        prepare(settings(raw, inputs=[str(copy)]), tmp_path / "out")
+
+
 def test_finished_corpus_is_returned_at_once(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes((raw / "text/a.jsonl").read_bytes())
