@@ -1,7 +1,7 @@
 """What brings an update near retraining at half its compute: one trial per idea, on a small model, paired by seed.
 
     python benchmarks/bar_search.py [--model small|1m] [--shift novels_en:novels_de] [--tokens 800K] [--seeds 1]
-        [--only NAME ...] [--work runs/bar_search] [--records records/DATE_bar_search]
+        [--optimizer muon] [--peak RATE] [--only NAME ...] [--work runs/bar_search] [--records records/DATE_bar_search]
 
 T tokens of old text make a trunk (constant rate); retraining sees 2 T tokens of both texts; every trial is an
 update from the trunk that costs no more FLOPs than T tokens of plain training, its teachers included. Both sides
@@ -54,13 +54,15 @@ class Trial:
     """Whether the old text is such that the trunk has not read yet, instead of what it read."""
     trunk: float = TRUNK_SHARE
     """The trunk's rate as a part of retraining's peak."""
+    final: float = 0.1
+    """Of a re-warmed update: the last rate, as a part of its peak."""
     annealed: bool = False
     """Whether the parent is a decayed base and the update re-warms, as `perennial continue` does by itself."""
 
 
-def rewarmed(share: float, rows: int, peak: float = 1.0) -> Trial:
+def rewarmed(share: float, rows: int, peak: float = 1.0, **rest: Any) -> Trial:
     """From a base whose rate fell to a tenth, back to a part of retraining's peak, and down to where it was."""
-    return Trial(replay=share, rows=rows, peak=peak, annealed=True)
+    return Trial(replay=share, rows=rows, peak=peak, annealed=True, **rest)
 
 
 def distilled(share: float, weight: float, **rest: Any) -> Trial:
@@ -109,6 +111,13 @@ TRIALS: dict[str, Trial] = {
     "re-warmed, 40%, 8 rows, peak x 0.7": rewarmed(0.4, 8, 0.7),
     "re-warmed, 50%, 8 rows": rewarmed(0.5, 8),
     "re-warmed, 40%, 4 rows, peak x 0.7": rewarmed(0.4, 4, 0.7),
+    "re-warmed, 25%, 16 rows, peak x 0.5": rewarmed(0.25, 16, 0.5),
+    "re-warmed, 25%, 16 rows, to 0": rewarmed(0.25, 16, final=0.0),
+    "re-warmed, 40%, 16 rows, to 0": rewarmed(0.4, 16, final=0.0),
+    "re-warmed, 40%, 16 rows, peak x 0.5": rewarmed(0.4, 16, 0.5),
+    "re-warmed, 40%, 16 rows, peak x 0.5, to 0": rewarmed(0.4, 16, 0.5, final=0.0),
+    "re-warmed, 40%, 8 rows, peak x 0.5, to 0": rewarmed(0.4, 8, 0.5, final=0.0),
+    "replay 50%, 16 rows, peak x 2": Trial(rows=16, peak=2.0),
     "replay 25%, 16 rows": Trial(replay=0.25, rows=16),
     "replay 40%, 16 rows": Trial(replay=0.4, rows=16),
 }
@@ -120,6 +129,8 @@ def main() -> None:
     parser.add_argument("--shift", default="novels_en:novels_de")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tokens", type=int)
+    parser.add_argument("--optimizer", default="muon", help="of both sides; give its best --peak with it")
+    parser.add_argument("--peak", type=float, help="of retraining (default: Muon's best)")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--work", type=Path, default=Path("runs/bar_search"))
     parser.add_argument("--records", type=Path)
@@ -144,7 +155,8 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
         from perennial.bench.continual_text import Reading, prepare_shift, standard_shifts
 
-        self.size, self.seed = MODELS[arguments.model], seed
+        self.size, self.seed, self.optimizer = dict(MODELS[arguments.model]), seed, arguments.optimizer
+        self.size["peak"] = arguments.peak or self.size["peak"]
         self.tokens = arguments.tokens or self.size["tokens"]
         self.work = place = arguments.work.resolve() / arguments.model
         self.recipes: dict[str, Any] = {}
@@ -152,7 +164,8 @@ class Bench:
         reading = Reading(vocabulary_size=self.size["vocabulary"])
         self.corpora = dict(prepare_shift(shift, place, reading, say=lambda _: None, quiet=True).corpora)
         self.old, self.new = self.corpora
-        self.place = place / shift.name / f"{self.tokens}" / f"seed{seed}"
+        other = f"-{self.optimizer}-{self.size['peak']:g}" if arguments.peak or self.optimizer != "muon" else ""
+        self.place = place / shift.name / f"{self.tokens}{other}" / f"seed{seed}"
 
     def work_off(self, names: list[str]) -> list[str]:
         """Trains what is not there yet; prints a line per trial and returns them as rows of a table."""
@@ -201,7 +214,8 @@ class Bench:
         peak = self.size["peak"]
         fall = {"peak": peak, "final": peak / 10, "warmup": "5%"}
         self.train("base", self.tokens, {self.old: 1.0}, {"name": "cosine", **fall}, rows=16)
-        schedule = {**fall, "name": "rewarm", "start": "parent", "peak": trial.peak * peak, "warmup": "1%"}
+        top = trial.peak * peak
+        schedule = {"name": "rewarm", "start": "parent", "peak": top, "final": trial.final * top, "warmup": "1%"}
         mixture = {self.new: 1 - trial.replay, "replay": trial.replay}
         return self.train(name, self.tokens, mixture, schedule, rows=trial.rows, parent="base")
 
@@ -239,7 +253,7 @@ class Bench:
                     "budget": f"{math.floor(tokens / (rows * LENGTH)) * rows * LENGTH} tokens",
                     "mixture": mixture,
                     "schedule": schedule,
-                    "optimizer": "muon",
+                    "optimizer": self.optimizer,
                     "optimizer_state": "keep",
                     "max_epochs": 8.0,
                     **({"sequences": first_rows} if first_rows and number == 1 else {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,15 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def not_run(places: Iterable[tuple[str, str]]) -> str:
+    """One sentence for (letter, shift) of all checks that were not run; empty without any."""
+    by_shift: dict[str, dict[str, None]] = {}
+    for letter, shift in places:
+        by_shift.setdefault(shift, {})[letter] = None
+    told = "; ".join(f"{', '.join(letters)} ({shift})" for shift, letters in by_shift.items())
+    return f"Not run: {told}." if told else ""
+
+
 def checks_text(checks: Sequence[Check]) -> str:
     """The checks as Markdown: verdict, effect with its interval, and the papers' number beside it."""
     lines = [
@@ -66,12 +75,16 @@ def checks_text(checks: Sequence[Check]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for check in checks:
-        verdict = check.verdict if check.sure or check.verdict == NOT_RUN else f"{check.verdict}, not sure"
+        if check.verdict == NOT_RUN:
+            continue
+        verdict = check.verdict if check.sure else f"{check.verdict}, not sure"
         effect = check.effect.text() if check.effect else "-"
         cells = (check.letter, check.shift, check.statement, verdict, effect, check.wanted, check.paper)
         lines.append(f"| {' | '.join(cells)} |")
     counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in (PASS, FAIL, NOT_RUN)}
-    return "\n".join([*lines, "", ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + "."])
+    left = not_run((check.letter, check.shift) for check in checks if check.verdict == NOT_RUN)
+    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + "."
+    return "\n".join([*lines, "", total, *([left] if left else [])])
 
 
 def table_text(rows: Sequence[dict[str, Any]]) -> str:

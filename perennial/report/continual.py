@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from perennial import __version__
+from perennial.bench.continual_checks import FAIL, NOT_RUN, PASS
+from perennial.bench.continual_summary import not_run
 from perennial.core.files import write_text
 from perennial.report.charts import Line
 from perennial.report.frontier import Point, frontier_chart
 from perennial.report.markup import Column, amount, escape, flops, seconds, swatch, table
 from perennial.report.style import SHEET
 
-_VERDICTS = {"pass": "good", "fail": "bad", "not run": "muted"}
+_VERDICTS = {PASS: "good", FAIL: "bad"}
 _LADDERS = (("replay-", "replay, 0 to 50%"), ("peak-", "peak, 0.1 to 2 x"))
 """Runs that differ in one number are joined by a line: beginning of their names, and what changes along it."""
 
@@ -51,6 +53,8 @@ def _facts(summary: Mapping[str, Any]) -> str:
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
+    left = not_run((check["check"], check["shift"]) for check in checks if check["verdict"] == NOT_RUN)
+    checks = [check for check in checks if check["verdict"] != NOT_RUN]
     names = [escape(check["check"]) for check in checks]
     columns = [
         Column("What", [escape(check["statement"]) for check in checks], text=True, wrap=True),
@@ -60,11 +64,13 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
         Column("Wanted", [escape(check["wanted"]) for check in checks], text=True, wrap=True),
         Column("Papers", [escape(check["paper"]) for check in checks], text=True, wrap=True),
     ]
-    return f"<section><h2>Checks</h2>{table(('Check', names), columns)}</section>"
+    found = table(("Check", names), columns) if checks else ""
+    note = f'<p class="facts">{escape(left)}</p>' if left else ""
+    return f"<section><h2>Checks</h2>{found}{note}</section>"
 
 
 def _verdict(check: Mapping[str, Any]) -> str:
-    words = check["verdict"] + ("" if check["sure"] or check["verdict"] == "not run" else ", not sure")
+    words = check["verdict"] + ("" if check["sure"] else ", not sure")
     return f'<span style="color:var(--{_VERDICTS[check["verdict"]]})">{escape(words)}</span>'
 
 

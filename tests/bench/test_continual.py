@@ -21,6 +21,7 @@ from perennial.bench.continual_grid import BUSY, EVENTS, FREE, WAITING, Grid, No
 from perennial.bench.continual_measures import Measured, Results
 from perennial.bench.continual_plan import pair_runs, stream_runs
 from perennial.bench.continual_runs import Scale, recipe
+from perennial.bench.continual_summary import checks_text
 from perennial.bench.continual_text import Reading, fullest_years, half_of, own_shift, prepare_shift, standard_shifts
 from perennial.cli.main import main
 from perennial.core.errors import UserError
@@ -319,6 +320,15 @@ def test_verdicts_follow_the_numbers() -> None:
     assert of(checks, "e").verdict == PASS
     assert of(checks, "g", "early").verdict == NOT_RUN
     assert of(all_checks([results(**{"replay-1": (5.9, 3.0)})]), "a", "1 % replay").verdict == FAIL
+
+
+def test_checks_that_were_not_run_are_one_sentence() -> None:
+    checks = [c for c in all_checks([results()]) if c.letter in ("a", "g", "h")]
+    lines = checks_text(checks).splitlines()
+    shift = checks[0].shift
+    assert [line for line in lines if NOT_RUN in line.lower()][1:] == [f"Not run: g, h ({shift})."]
+    assert sum(line.startswith("| a |") for line in lines) == 3
+    assert not any(line.startswith(("| g |", "| h |")) for line in lines if "early" in line)
 
 
 def test_a_bar_is_the_average_over_that_of_retraining_at_its_share_of_the_compute() -> None:

@@ -61,7 +61,7 @@ def test_the_derived_recipe_follows_the_lineage(workspace: Any, base: Path) -> N
     assert stage.schedule["peak"] == pytest.approx(parent.peak * 0.5**PEAK_EXPONENT, rel=1e-5)
     assert stage.schedule["start"] == "parent"
     assert stage.schedule["final"] == pytest.approx(parent.rate)
-    assert stage.mixture == {"new": 0.75, "replay": 0.25}
+    assert stage.mixture == {"new": 0.6, "replay": 0.4}
     weak = derive(
         checkpoint, {"new": workspace.new}, budget="1K tokens", base=Path(), name="u", shift=lambda: (2.0, 2.2)
     )

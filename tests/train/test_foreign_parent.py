@@ -88,7 +88,7 @@ def short(workspace: Any, parent: Path, **choices: Any) -> Any:
 def test_the_recipe_of_a_first_update(workspace: Any, foreign: Path) -> None:
     derived = short(workspace, foreign, stand_ins={"old": workspace.old}, shift=lambda: (2.0, 4.0))
     recipe = derived.recipe
-    assert recipe.stages[0].mixture == {"new": 0.75, "old": 0.25}
+    assert recipe.stages[0].mixture == {"new": 0.6, "old": 0.4}
     assert recipe.stand_ins == ["old"]
     assert (recipe.stages[0].optimizer, recipe.stages[0].optimizer_state) == ("adamw", "reset")
     assert (recipe.clip, recipe.document_mask, recipe.seed) == (1.0, False, 0)
