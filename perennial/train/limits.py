@@ -42,7 +42,10 @@ def _state_needed(config: AnyConfig, stage: ResolvedStage) -> int:
 def check_processes(sequences: int, processes: int) -> None:
     """Raises UserError when a batch has no row for some of the processes that divide it."""
     if processes > sequences:
-        raise UserError(f"{processes} processes for batch.sequences {sequences}: each process needs a row; use fewer")
+        raise UserError(
+            f"{processes} processes for batches of {sequences} rows (batch.sequences, or a stage's sequences): each "
+            "process needs a row; use fewer"
+        )
 
 
 def check_memory(config: AnyConfig, world: World) -> None:

@@ -84,7 +84,7 @@ def check_rows(processes: int, *, sequences: int, tensor: int) -> None:
         raise UserError(f"--processes {processes}: must be a multiple of parallel.tensor, which is {tensor}")
     if processes // tensor > sequences:
         raise UserError(
-            f"--processes {processes}: a batch has {sequences} rows (batch.sequences), and each "
+            f"--processes {processes}: a batch has {sequences} rows (batch.sequences, or the stage's), and each "
             f"{'process' if tensor == 1 else f'group of {tensor} processes'} needs one; use fewer processes"
         )
 
