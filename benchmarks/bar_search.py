@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,8 +269,10 @@ class Bench:
         self.recipes[out.name] = recipe
         if not (out / "events.jsonl").exists() or not records.read(out / "events.jsonl", "done"):
             start(parse_recipe(recipe), out, base=Path.cwd(), quiet=True)
-        done = records.read(out / "events.jsonl", "done")[-1]
-        return {corpus: found["nats_per_token"] for corpus, found in done["evaluation"]["after"].items()}
+        done = records.read(out / "events.jsonl", "done")
+        if not done:
+            sys.exit(f"{out}: was stopped; run the same command again to go on")
+        return {corpus: found["nats_per_token"] for corpus, found in done[-1]["evaluation"]["after"].items()}
 
 
 def down(peak: float, warmup: str = "0%") -> dict[str, Any]:
