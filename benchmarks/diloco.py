@@ -26,6 +26,8 @@ from typing import Any
 
 LENGTH = 128
 BAR = 0.01
+USUAL_INNER = 30
+"""Updates of a round, which names of runs leave out."""
 SUMMED = "every_update"
 
 
@@ -67,7 +69,8 @@ def communications(inner: int, outer: list[str]) -> dict[str, Any]:
     for pair in outer or [""]:
         rate, _, momentum = pair.partition(":")
         chosen = {"outer_rate": float(rate), "outer_momentum": float(momentum)} if pair else {}
-        found[f"diloco {pair}".strip()] = {"name": "diloco", "inner_updates": inner, **chosen}
+        name = " ".join(["diloco", *([pair] if pair else []), *([f"h{inner}"] if inner != USUAL_INNER else [])])
+        found[name] = {"name": "diloco", "inner_updates": inner, **chosen}
     return found
 
 
@@ -183,7 +186,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4, help="rows of 128 tokens in an update, over all workers")
     parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--optimizer", default="adamw", help="of both sides; the continuation takes the base's")
-    parser.add_argument("--inner", type=int, default=30)
+    parser.add_argument("--inner", type=int, default=USUAL_INNER, help="updates of a round")
     parser.add_argument("--preset", default="1m")
     parser.add_argument("--outer", nargs="*", default=[], metavar="RATE:MOMENTUM")
     parser.add_argument("--rates", nargs="*", type=float, default=[1.0], metavar="FACTOR", help="1 must be among them")

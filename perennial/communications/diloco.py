@@ -10,7 +10,8 @@ Differs: H = 30, not 500, and m 0.5, not 0.9: see `outer_momentum`. A stage's la
 Limits: the mean weighs all workers alike, also where the batch's rows do not divide evenly between them. A few numbers
     (counts, losses, norms) still go round on every update, so that records are those of the whole: it saves bandwidth,
     not waiting. Two more copies of the weights are held, in memory: w and b. A worker's optimizer sees its share of a
-    batch only: where batches are so small that their noise decides, AdamW gains less from that (benchmarks/diloco.py).
+    batch only: where batches are so small that their noise decides, AdamW and Muon gain less from that, even when the
+    workers meet after every update (benchmarks/diloco.py).
 """
 
 from __future__ import annotations
