@@ -47,6 +47,8 @@ class Trial:
     teacher: str | None = None
     """'annealed': a run that was made for it from the trunk, whose cost is taken off the update's tokens."""
     shape: str = "linear"
+    decay: str | None = None
+    """The last part of the update, where only that is a decay: 'LENGTH SHAPE FINAL', the last two shares."""
     first_rows: int | None = None
     """Rows of a batch in the first half, where they are fewer."""
     later: float | None = None
@@ -119,6 +121,13 @@ TRIALS: dict[str, Trial] = {
     "re-warmed, 40%, 16 rows, peak x 0.5, to 0": rewarmed(0.4, 16, 0.5, final=0.0),
     "re-warmed, 40%, 8 rows, peak x 0.5, to 0": rewarmed(0.4, 8, 0.5, final=0.0),
     "replay 50%, 16 rows, peak x 2": Trial(rows=16, peak=2.0),
+    "40%, 16 rows, last 14% exponential to 10%": Trial(replay=0.4, rows=16, decay="14% exponential 10%"),
+    "40%, 16 rows, last 14% sqrt to 0": Trial(replay=0.4, rows=16, decay="14% sqrt 0%"),
+    "40%, 16 rows, last 20% sqrt to 10%": Trial(replay=0.4, rows=16, decay="20% sqrt 10%"),
+    "40%, 16 rows, last 20% sqrt to 0": Trial(replay=0.4, rows=16, decay="20% sqrt 0%"),
+    "40%, 16 rows, last 40% sqrt to 0": Trial(replay=0.4, rows=16, decay="40% sqrt 0%"),
+    "40%, 16 rows, last 60% sqrt to 0": Trial(replay=0.4, rows=16, decay="60% sqrt 0%"),
+    "40%, 16 rows, last 60% linear to 0": Trial(replay=0.4, rows=16, decay="60% linear 0%"),
     "replay 25%, 16 rows": Trial(replay=0.25, rows=16),
     "replay 40%, 16 rows": Trial(replay=0.4, rows=16),
 }
@@ -201,6 +210,10 @@ class Bench:
         mixture = {self.new: 1 - trial.replay, again: trial.replay}
         stage = {"objective": objective or "next_token"}
         schedule = {**down(trial.peak * rate), "name": trial.shape}
+        if trial.decay:
+            length, shape, final = trial.decay.split()
+            schedule = {"name": "wsd", "peak": trial.peak * rate, "warmup": "0%", "final": final, "decay": length}
+            schedule["decay_shape"] = shape
         if trial.later is None and trial.first_rows is None:
             return self.train(name, int(tokens), mixture, schedule, rows=trial.rows, parent=trunk, **stage)
         first = {**schedule, "final": schedule["peak"] / 2}

@@ -77,7 +77,7 @@ def _by_past(situation: Situation) -> tuple[str, str, str] | None:
         return "rewarm", words, "; the peak follows from that"
     if stands_on_trunk(lineage) and lineage.rate >= TRUNK_SHARE * lineage.peak:
         words = f"The parent stands on a trunk at {lineage.rate:.3g}, which needs no re-warming and can go on for ever."
-        return "infinite", words, "; its end is annealed, so that there is a model to deploy"
+        return "wsd", words, "; its end is decayed, so that there is a model to deploy"
     if lineage.is_branch and situation.has_moments and lineage.trunk_rate >= TRUNK_SHARE * lineage.peak:
         words = (
             f"The parent is a branch that was decayed from {lineage.trunk_rate:.3g} to {lineage.rate:.3g}, and its "

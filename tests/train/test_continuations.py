@@ -18,6 +18,7 @@ from perennial.train.choosing import choose, named
 from perennial.train.continuations.base import PEAK_EXPONENT, Situation, stands_on_trunk
 from perennial.train.continuations.data_bound import strong_decay
 from perennial.train.continuations.reuse import fallen_to
+from perennial.train.continuations.wsd import decay_share
 from perennial.train.continuing import continue_run, derive, starting_checkpoint
 from perennial.train.recipe import parse_recipe
 from perennial.train.resolve import resolve
@@ -137,7 +138,7 @@ def test_small_batches_at_first_share_one_schedule_with_whole_ones() -> None:
 
 
 def test_a_trunk_goes_on_and_its_branch_is_a_stage_of_its_own() -> None:
-    for name, share in (("infinite", 0.14), ("wsd", 0.2)):
+    for name, share in (("infinite", 0.14), ("wsd", 0.36)):  # of 500 steps
         trunk, branch = plan(name, situation(TRUNK))
         assert trunk["schedule"] == {"name": "constant", "peak": PEAK}
         assert branch["schedule"]["name"] == "anneal"
@@ -147,6 +148,15 @@ def test_a_trunk_goes_on_and_its_branch_is_a_stage_of_its_own() -> None:
     trunk, _ = plan("infinite", situation())
     assert trunk["schedule"]["constant"] == pytest.approx(0.55 * PEAK * 0.5**PEAK_EXPONENT)
     assert parse(trunk["schedule"]["cooldown"]).value == pytest.approx(0.6 / 0.86)
+
+
+def test_the_fewer_steps_an_update_has_the_longer_is_its_decay() -> None:
+    assert [decay_share(steps) for steps in (1, 100, 400, 900, 1600, 1e6)] == [0.4, 0.4, 0.4, 0.27, 0.2, 0.2]
+    assert decay_share(math.nan) == 0.2
+    short = situation(TRUNK, batch_tokens=1250)  # 400 steps
+    for how, share in (("wsd", 0.4), ({"name": "wsd", "decay": "10%"}, 0.1)):
+        _, branch = plan(how, short)
+        assert parse(branch["budget"]).value == pytest.approx(share * 500_000)
 
 
 def test_wsd_s_jumps_straight_back_and_counts_cycles() -> None:
@@ -193,7 +203,7 @@ def test_the_choice_follows_lineage_shift_and_budget_in_three_sentences() -> Non
     many = [record(COSINE, run=str(i)) for i in range(6)]
     cases = [
         (situation(), "rewarm"),
-        (situation(TRUNK), "infinite"),
+        (situation(TRUNK), "wsd"),
         (situation(TRUNK, BRANCH), "wsd_s"),
         (situation(TRUNK, BRANCH, has_moments=False), "rewarm"),
         (situation(TRUNK, peak=5e-4), "rewarm"),
@@ -240,7 +250,7 @@ def test_a_run_leaves_a_trunk_that_the_next_goes_on_from(workspace: Any, trunk: 
     data, run = {"new": workspace.new}, tmp_path / "second"
     result = continue_run(trunk, data, budget="2560 tokens", out=run, replay="25%", quiet=True)
     assert result["result"]["complete"]
-    assert any(reason.startswith("recipe infinite") for reason in result["reasons"])
+    assert any(reason.startswith("recipe wsd") for reason in result["reasons"])
     branch = lineages.read(newest_checkpoint(run))
     assert branch.is_branch
     before = starting_checkpoint(run)
@@ -250,7 +260,7 @@ def test_a_run_leaves_a_trunk_that_the_next_goes_on_from(workspace: Any, trunk: 
     assert not stood.is_branch
     assert stood.rate == branch.trunk_rate == 5e-3
     third = derive(before, data, budget="2560 tokens", base=Path(), name="third")
-    assert third.continuation == "infinite"
+    assert third.continuation == "wsd"
     resolved = resolve(third.recipe, base=Path(), precision="fp32")
     assert [(s.rate_before, s.rate_start) for s in resolved.stages] == [(5e-3, 5e-3), (5e-3, 5e-3)]
     fresh = [s for s in resolved.stages[0].sources if s["name"] == "new"]
