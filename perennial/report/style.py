@@ -134,7 +134,7 @@ tbody tr:last-child>*{border-bottom:0}
 .edge{border-left:1px solid var(--line)}
 tr.parent td,tr.parent th{color:var(--muted)}
 .folded{display:inline-block;max-width:13em;white-space:normal}
-td.wide{white-space:normal;min-width:16em}
+td.wide{white-space:normal;min-width:11em}
 .run{display:inline-flex;vertical-align:middle;align-items:center;gap:9px;max-width:24em}
 .run .name{overflow-wrap:break-word;white-space:normal;min-width:0}
 th .run.long{min-width:14em}
