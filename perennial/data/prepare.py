@@ -50,7 +50,7 @@ def prepare(settings: PrepareSettings, out: Path, *, progress: Progress | None =
         return finished
     inputs = survey(settings.inputs, settings.reader)
     _check_outside(out, inputs)
-    identity["inputs"] = [source.listing for source in inputs]
+    identity["inputs"] = _listings(inputs)
     names = [str(manifest["name"]) for manifest in against]
     work = _Work(settings, inputs, tokenizer, names, identity, out)
     refusal = None
@@ -88,7 +88,7 @@ def _finished(settings: PrepareSettings, identity: dict[str, Any], out: Path) ->
     if all(Path(path).exists() for path in settings.inputs):  # once prepared, the raw text may be put away
         found = survey(settings.inputs, settings.reader)
         if not _are_copies(found, manifest["inputs"]):
-            wanted["inputs"] = [source.listing for source in found]
+            wanted["inputs"] = _listings(found)
     _check_same(manifest["identity"], wanted, f"{out}: holds a corpus prepared", "delete it, or choose another place")
     return manifest
 
@@ -247,7 +247,7 @@ class _Work:
     def _write_rest(self, journal: Journal, engine: Engine, state: State) -> None:
         """Everything but the shards; the manifest, with the sizes and hashes of all files, last."""
         self._check_counts(state)
-        if _listings(self.settings) != self.identity["inputs"]:
+        if _listings(survey(self.settings.inputs, self.settings.reader)) != self.identity["inputs"]:
             raise UserError("inputs: files were changed while they were read; run the same command again")
         for stale in self.partial.glob(".*.tmp"):  # a manifest that a kill kept from getting its name
             stale.unlink()
@@ -313,9 +313,9 @@ class _Work:
         }
 
 
-def _listings(settings: PrepareSettings) -> list[str]:
+def _listings(inputs: Sequence[Input]) -> list[str]:
     """What the inputs hold: name, size and modification time of every file, hashed."""
-    return [source.listing for source in survey(settings.inputs, settings.reader)]
+    return [source.listing for source in inputs]
 
 
 def _counts(state: State) -> dict[str, Any]:

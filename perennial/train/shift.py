@@ -22,7 +22,7 @@ WEAK_REPLAY, STRONG_REPLAY = 0.05, 0.4
 
 Source: weak, Ibrahim et al. (section 6.2, tables 2-3); strong, Therien et al. 2025, "Continual Pre-training of MoEs:
 How robust is your router?", arXiv 2503.05029 (English to German). Differs: Ibrahim et al. take 25% for a strong shift;
-40% ended 0.8 to 1.2% lower in the mean of old and new loss, 2 to 3% higher in the new one (`benchmarks/bar_search.py`).
+40% ended 0.7 to 1.2% lower in the mean of old and new loss, 2 to 3% higher in the new one (`benchmarks/bar_search.py`).
 """
 
 

@@ -35,8 +35,9 @@ from perennial.train.continuations.base import (
 LEAST_DECAY, MOST_DECAY, DECAY_STEPS = 0.2, 0.4, 8.0
 """Bounds of the decay's share, and what its share is times the root of the update's steps.
 
-Assumption: 20% is enough of a long run (Haegele et al.). Of 400 steps 40 and 60% ended 0.4% below 20% in the mean of
-old and new loss, and 0.9% below the 14% of `infinite` (`benchmarks/bar_search.py`, two seeds); a root lies between.
+Assumption: 20% is enough of a long run (Haegele et al.). Of 400 steps 40 and 60%, to 0, ended 0.4% below 20% in the
+mean of old and new loss, and 0.9% below the 14% of `infinite` (`benchmarks/bar_search.py`, two seeds, one shift). The
+root in between is a guess.
 """
 
 
