@@ -6,7 +6,8 @@ Formula: ln(L - E) = w . x + noise, for each value of E (and of e, below) on a g
     old text:  (L - E) / (L0 - E) instead of L - E, with L0 the parent's loss; x = 1, ln C, ln(r + e), ln(r + e) ln(C),
                ln(D / D0)
     N FLOPs per token over 6, D tokens of the update, D0 of the parent, C = 6 N D, r share of old text in every batch,
-    E nats per token that nothing removes, e share at which replay begins to tell.
+    E nats per token that nothing removes, e where replay begins to tell: a share of the batch, the same in every run,
+    or a number of replayed tokens, whose share falls with D. Which of the two is for the runs to say.
 Source: the terms are those of Hoffmann et al. 2022 (arXiv 2203.15556, Eq. 2) in N and D, of D-CPT (Que et al. 2024,
     arXiv 2406.01375) in the shares, of Bethune et al. 2025 (arXiv 2502.06042) for forgetting with replay; priors of
     the exponents are the spread of published fits: they fade as runs are added.
@@ -40,7 +41,7 @@ FIRST_FLOOR, FLOOR_SPREAD = 0.3, 0.25
 """E over the lowest loss seen, before any run tells. Assumption: half in published fits (1.8 of 3 to 4 nats), and small
 runs, far above it, fall like a power of compute with hardly a floor."""
 _FLOORS = np.linspace(0.0, 0.85, 18)
-_ONSETS = (1e-7, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_ONSETS = 10.0 ** np.arange(-7.0, -1.4, 0.25)
 """The lowest is that of a loss which falls in a line with ln r from shares that no batch can have; measured: 1e-6."""
 _FLAT = 10.0  # standard deviation of a coefficient that only the runs decide
 _POINTS = ndtri((np.arange(41) + 0.5) / 41)
@@ -95,11 +96,24 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Onset:
+    """Where replay begins to tell."""
+
+    share: float
+    """Of old text; with `in_tokens` of an update as long as the reference's."""
+    in_tokens: bool = False
+
+    def of(self, row: RunRow, reference: RunRow) -> float:
+        """The share in a run."""
+        return self.share * reference.tokens / row.tokens if self.in_tokens else self.share
+
+
+@dataclass(frozen=True)
 class _Member:
     """One value of the grid with its regression."""
 
     floor: float
-    onset: float
+    onset: Onset
     mean: np.ndarray
     covariance: np.ndarray
     noise: float
@@ -150,7 +164,9 @@ def fit_runs(side: Side, rows: Sequence[RunRow]) -> RunLaw:
     assert rows
     reference = _middle(rows)
     lowest = min(min(row.loss, row.old_before if side == "old" else row.loss) for row in rows)
-    onsets = _ONSETS if side == "old" else (0.0,)
+    onsets = [Onset(0.0)]
+    if side == "old":
+        onsets = [Onset(share, in_tokens) for share in _ONSETS.tolist() for in_tokens in (False, True)]
     members, evidence, residuals = [], [], []
     for share, onset in itertools.product(_FLOORS.tolist(), onsets):
         member, score, residual = _regress(side, rows, reference, share * lowest, onset)
@@ -165,7 +181,7 @@ def fit_runs(side: Side, rows: Sequence[RunRow]) -> RunLaw:
 
 
 def _regress(
-    side: Side, rows: Sequence[RunRow], reference: RunRow, floor: float, onset: float
+    side: Side, rows: Sequence[RunRow], reference: RunRow, floor: float, onset: Onset
 ) -> tuple[_Member, float, float]:
     """The regression for one value of the grid, its log evidence, and its relative residual."""
     design = np.array([features(side, row, reference, onset) for row in rows])
@@ -196,7 +212,7 @@ def _regress(
     return _Member(floor, onset, mean, covariance, noise), score, residual
 
 
-def features(side: Side, row: RunRow, reference: RunRow, onset: float) -> np.ndarray:
+def features(side: Side, row: RunRow, reference: RunRow, onset: Onset) -> np.ndarray:
     """x of a run, shape (coefficients,), relative to the reference."""
     size = math.log(row.flops_per_token / reference.flops_per_token)
     tokens = math.log(row.tokens / reference.tokens)
@@ -205,7 +221,7 @@ def features(side: Side, row: RunRow, reference: RunRow, onset: float) -> np.nda
     if side == "new":
         fresh = math.log(1 - min(row.share, 0.99))
         return np.array([1.0, size, tokens, fresh, fresh * (size + tokens)])
-    replayed = math.log((row.share + onset) / (0.05 + onset))
+    replayed = math.log((row.share + onset.of(row, reference)) / (0.05 + onset.share))
     drawn = math.log(
         (row.tokens / max(row.parent_tokens, 1.0)) / (reference.tokens / max(reference.parent_tokens, 1.0))
     )
