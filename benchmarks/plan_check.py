@@ -2,12 +2,13 @@
 
     python benchmarks/plan_check.py [--work runs/plan_check] [--records records/DATE_plan_check]
         [--corpora FOLDER] [--shifts novels_en:novels_de powershell:peps] [--preset 1m] [--tokens 802816] [--rows 16]
-        [--list]
+        [--replays 0 1 5 25 50] [--seeds 1] [--list]
 
 For every shift: a base on the old text, `perennial plan --calibrate` on small copies of it, then for 0, 1, 5, 25 and
 50% of old text `perennial plan` (prediction and recipe) and `perennial train` (measurement). Prints prediction beside
 measured for both losses, time and memory, and whether the best share was named. Bars: losses within 2%, time and memory
-within 10%, the best share within one step of the grid. Everything is resumable: run it again. One thread throughout:
+within 10%, the best share within one step of the grid. `--seeds 3` trains each plan with two more seeds; the mean of
+the losses is compared, time and memory are of the first. Everything is resumable: run it again. One thread throughout:
 figures of time mean something on a machine that does nothing else. About 25 minutes per shift with the defaults.
 """
 
@@ -17,7 +18,9 @@ import argparse
 import gzip
 import json
 import os
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -50,13 +53,17 @@ class Check:
         """The calibration file."""
         return self.folder / "calibration.json"
 
-    def run(self, replay: int) -> Path:
+    def run(self, replay: int, seed: int = 1) -> Path:
         """Folder of the run at a share of old text."""
-        return self.folder / "runs" / f"replay{replay}"
+        return self.folder / "runs" / (f"replay{replay}" + (f"-seed{seed}" if seed > 1 else ""))
 
     def plan(self, replay: int) -> Path:
         """File of its plan."""
         return self.folder / "plans" / f"replay{replay}.json"
+
+    def recipe(self, replay: int, seed: int = 1) -> Path:
+        """File of its recipe."""
+        return self.plan(replay).with_name(f"{self.run(replay, seed).name}.yaml")
 
 
 def main() -> int:
@@ -69,10 +76,11 @@ def main() -> int:
         if not options.list:
             _train_base(check, base, options)
             _calibrate(check, base, options)
-            for replay in REPLAYS:
+            for replay in options.replays:
                 _plan(check, base, replay, options)
-                _train(check.plan(replay).with_suffix(".yaml"), check.run(replay))
-        rows += [row for replay in REPLAYS if (row := _row(check, replay)) is not None]
+                for seed in range(1, options.seeds + 1):
+                    _train(_with_seed(check, replay, seed), check.run(replay, seed))
+        rows += [row for replay in options.replays if (row := _row(check, replay, options.seeds)) is not None]
     text, passed = _report(rows, checks)
     print(text)
     if options.records and not options.list:
@@ -89,6 +97,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--preset", default="1m")
     parser.add_argument("--tokens", type=int, default=802816, help="of the base, and of every update")
     parser.add_argument("--rows", type=int, default=16, help="of 128 tokens in a batch")
+    parser.add_argument("--replays", nargs="+", type=int, default=REPLAYS, choices=REPLAYS, help="percent of old text")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of every plan")
     parser.add_argument("--minutes", type=float, default=30.0, help="most that a calibration may take")
     parser.add_argument("--list", action="store_true", help="show what is known, run nothing")
     return parser.parse_args()
@@ -172,19 +182,42 @@ def _plan(check: Check, base: Path, replay: int, options: argparse.Namespace) ->
     if place.is_file():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    recipe = place.with_suffix(".yaml")
+    recipe = check.recipe(replay)
     recipe.unlink(missing_ok=True)
     words = ["--data", f"{check.new[0]}={check.new[1]}", "--replay", f"{replay}%", "--budget"]
     words += [f"{options.tokens} tokens", "--calibration", str(check.calibration), "--out", str(recipe), "--json"]
     place.write_text(_perennial("plan", base, *words), encoding="utf-8")
 
 
-def _row(check: Check, replay: int) -> dict[str, Any] | None:
+def _with_seed(check: Check, replay: int, seed: int) -> Path:
+    """The planned recipe with another seed."""
+    place = check.recipe(replay, seed)
+    if seed > 1:
+        planned = check.recipe(replay).read_text(encoding="utf-8")
+        text = re.sub(r"^seed: 1$", f"seed: {seed}", planned, count=1, flags=re.MULTILINE)
+        assert text != planned, f"{check.recipe(replay)}: no line 'seed: 1'"
+        place.write_text(text, encoding="utf-8")
+    return place
+
+
+def _row(check: Check, replay: int, seeds: int) -> dict[str, Any] | None:
+    """Prediction and measurement of a share; losses are means over the seeds. None while a run is not finished."""
+    found = [one for seed in range(1, seeds + 1) if (one := _row_of_run(check, replay, seed)) is not None]
+    if len(found) < seeds:
+        return None
+    row = found[0]
+    for side in ("old", "new"):
+        row[side]["runs"] = [one[side]["measured"] for one in found]
+        row[side]["measured"] = statistics.mean(row[side]["runs"])
+    return row
+
+
+def _row_of_run(check: Check, replay: int, seed: int) -> dict[str, Any] | None:
     """Prediction and measurement of one run, as its report shows them; None while it is not finished."""
     from perennial.bench.continual_grid import finished
     from perennial.report.foretold import outcome_of
 
-    run = check.run(replay)
+    run = check.run(replay, seed)
     done = finished(run)
     found = outcome_of(run) if done is not None else None
     if done is None or found is None:
@@ -227,7 +260,7 @@ def _report(rows: list[dict[str, Any]], checks: list[Check]) -> tuple[str, bool]
                 passed &= abs(off) <= LOSS_BAR
                 cells += [
                     f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]",
-                    f"{found['measured']:.3f}",
+                    _measured(found["runs"]),
                     f"{off:+.2%}{inside}",
                 ]
             for what in ("seconds", "bytes"):
@@ -251,6 +284,12 @@ def _report(rows: list[dict[str, Any]], checks: list[Check]) -> tuple[str, bool]
     return "\n".join([*lines, f"Bars ({words}): {'all hold' if passed else 'not all hold'}."]), passed
 
 
+def _measured(runs: list[float]) -> str:
+    """'3.550' or, of several seeds, '3.554 (3.546 to 3.565)'."""
+    spread = f" ({min(runs):.3f} to {max(runs):.3f})" if len(runs) > 1 else ""
+    return f"{statistics.mean(runs):.3f}{spread}"
+
+
 def _best(rows: list[dict[str, Any]], which: str) -> int:
     """The share of the lowest mean of both losses."""
     return int(min(rows, key=lambda row: float(row["old"][which] + row["new"][which]))["replay"])
@@ -272,15 +311,14 @@ def _keep(checks: list[Check], folder: Path, work: Path, text: str, rows: list[d
         target = folder / check.name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        files = [check.calibration, *(check.plan(r) for r in REPLAYS)]
-        files += [check.plan(r).with_suffix(".yaml") for r in REPLAYS]
+        files = [check.calibration, *(check.plan(r) for r in REPLAYS), *(check.recipe(r) for r in REPLAYS)]
         for path in files:
             if path.is_file():
                 (target / path.name).write_text(nameless(path), encoding="utf-8")
-        for replay in REPLAYS:
-            events = check.run(replay) / "events.jsonl"
+        for run in sorted((check.folder / "runs").iterdir()):
+            events = run / "events.jsonl"
             if events.is_file():
-                with gzip.GzipFile(target / f"replay{replay}.events.jsonl.gz", "wb", mtime=0) as file:
+                with gzip.GzipFile(target / f"{run.name}.events.jsonl.gz", "wb", mtime=0) as file:
                     file.write(nameless(events).encode())
 
 
