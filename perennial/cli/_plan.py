@@ -32,6 +32,8 @@ class Asked:
     share: str | None
     args: argparse.Namespace
     calibration: Calibration | None
+    shift: tuple[float, float] | None = None
+    """The checkpoint's bits per byte on (the old, the new) text, where that was measured."""
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -53,6 +55,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: a {'calibration' if args.calibrate else 'recipe'} is a {wanted[0]} file")
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g}: must be above 0 and at most 1")
+    if args.measure_shift and (args.model == "none" or args.calibrate):
+        why = "a calibration does so by itself" if args.calibrate else "a new model knows no text"
+        raise UserError(f"--measure-shift: belongs to the plan of a continuation; {why}")
     if args.sizes is not None and args.model != "none":
         raise UserError("--sizes: a checkpoint has its size; sizes are for a new model ('none')")
 
@@ -108,6 +113,7 @@ def plan_for(args: argparse.Namespace) -> Plan:
     from perennial.scaling.ledger import read
 
     asked = asked_for(args)
+    asked = replace(asked, shift=_shift(asked))
     budget = read_budget(args.budget, here=here(asked.calibration), mfu=args.mfu)
     facts = facts_of(asked, budget)
     try:
@@ -123,7 +129,7 @@ def plan_for(args: argparse.Namespace) -> Plan:
         calibration=asked.calibration,
         ledger=read(Path(args.ledger)) if args.ledger else (),
         law=LawFile(Path(args.laws).name, load(Path(args.laws))) if args.laws else None,
-        kind=_kind(asked.calibration),
+        kind=_kind(asked.shift),
         with_energy=args.energy,
     )
 
@@ -140,13 +146,38 @@ def here(calibration: Calibration | None) -> Device:
     return measured(speed.flops_per_second, source)
 
 
-def _kind(calibration: Calibration | None) -> str:
+def _shift(asked: Asked) -> tuple[float, float] | None:
+    """As the calibration has it, or measured now when that was asked for. Raises UserError where it cannot be."""
+    from perennial.core.errors import UserError
+    from perennial.train.shift import measured_shift
+
+    if not asked.args.measure_shift:
+        return asked.calibration.shift if asked.calibration else None
+    texts = texts_of(asked)
+    if raw := [text.name for text in texts if text.is_estimate]:
+        raise UserError(f"--measure-shift: corpus '{raw[0]}' is raw text; run `perennial prepare` on it first")
+    places = {**_old_places(asked), **asked.data}
+    old, new = ({text.name: places[text.name] for text in texts if text.is_old == is_old} for is_old in (True, False))
+    if not old:
+        raise UserError(
+            "--measure-shift: no old text was found where the lineage has it, nor named: --replay NAME=PATH names it"
+        )
+    return measured_shift(asked.checkpoint, old, new, _row_length(asked.parent))
+
+
+def _row_length(parent: Parent) -> int:
+    """Tokens in a row of the parent's last stage; of a model from elsewhere at most 1024."""
+    stages = parent.lineage.stages
+    return stages[-1].sequence_length if stages else min(1024, parent.config.context or 1024)
+
+
+def _kind(shift: tuple[float, float] | None) -> str:
     """Of the shift, as far as it was measured."""
     from perennial.train.shift import STRONG_SHIFT
 
-    if calibration is None or calibration.shift is None:
+    if shift is None:
         return "unknown"
-    return "strong" if calibration.shift[1] / calibration.shift[0] > STRONG_SHIFT else "weak"
+    return "strong" if shift[1] / shift[0] > STRONG_SHIFT else "weak"
 
 
 def facts_of(asked: Asked, budget: Budget) -> Facts:
@@ -155,8 +186,7 @@ def facts_of(asked: Asked, budget: Budget) -> Facts:
     from perennial.plan.parts import Facts
 
     lineage, config = asked.parent.lineage, asked.parent.config
-    length = lineage.stages[-1].sequence_length if lineage.stages else min(1024, config.context or 1024)
-    per_token = float(flops_per_token(config, length))
+    per_token = float(flops_per_token(config, _row_length(asked.parent)))
     tokens = max(1.0, budget.flops(per_token) / per_token)
     batch = derived(asked, f"{tokens:.15g} tokens", None, "rewarm", None).recipe.batch
     after = lineage.evaluation.get("after", {})
@@ -181,15 +211,22 @@ def facts_of(asked: Asked, budget: Budget) -> Facts:
 
 def texts_of(asked: Asked) -> list[Text]:
     """The corpora with their unique training tokens; without named old text those of the lineage that are found."""
-    from perennial.plan.text_size import is_prepared, text_of
+    from perennial.plan.text_size import text_of
 
-    old = {**asked.stand_ins, **asked.moved}
-    if not asked.stand_ins:
-        places = {name: Path(facts["path"]) for name, facts in asked.parent.lineage.corpora.items()}
-        old = {name: path for name, path in places.items() if name not in asked.data and is_prepared(path)} | old
     how: dict[str, Any] = {"tokenizer": asked.checkpoint, "text_field": asked.args.text_field}
     found = [text_of(name, path, is_old=False, **how) for name, path in asked.data.items()]
-    return found + [text_of(name, path, is_old=True, **how) for name, path in old.items()]
+    return found + [text_of(name, path, is_old=True, **how) for name, path in _old_places(asked).items()]
+
+
+def _old_places(asked: Asked) -> dict[str, Path]:
+    """Where the old text lies: as named, else where the lineage has it."""
+    from perennial.plan.text_size import is_prepared
+
+    old = {**asked.stand_ins, **asked.moved}
+    if asked.stand_ins:
+        return old
+    places = {name: Path(facts["path"]) for name, facts in asked.parent.lineage.corpora.items()}
+    return {name: path for name, path in places.items() if name not in asked.data and is_prepared(path)} | old
 
 
 def derived(asked: Asked, budget: str, share: float | None, how: Any, peak: float | None) -> Derived:
@@ -199,7 +236,6 @@ def derived(asked: Asked, budget: str, share: float | None, how: Any, peak: floa
     from perennial.train.origin import stated_facts
 
     base, name = place(asked.args)
-    calibration = asked.calibration
     return derive(
         asked.checkpoint,
         asked.data,
@@ -213,7 +249,7 @@ def derived(asked: Asked, budget: str, share: float | None, how: Any, peak: floa
         how=how,
         facts=stated_facts(asked.args.parent),
         settings=asked.args.set,
-        shift=(lambda: calibration.shift) if calibration is not None else None,
+        shift=(lambda: asked.shift) if asked.shift is not None else None,
     )
 
 

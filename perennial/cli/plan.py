@@ -1,4 +1,4 @@
-"""A budget in, a recipe with predictions out; or what memory a recipe needs. Needs no device and loads no torch."""
+"""A budget in, a recipe with predictions out; or what memory a recipe needs. What only plans loads no torch."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ledger", metavar="FILE", help="your finished updates, gathered by `perennial laws ledger`")
     parser.add_argument("--recipe", metavar="NAME", help="one of `perennial list continuations` (default: chosen)")
     parser.add_argument("--sizes", metavar="NAMES", help="of a new model: presets to choose from, such as 1m,4m,10m")
+    words = "run the checkpoint on old and new text, as `continue` does: how far they lie apart decides the replay"
+    parser.add_argument("--measure-shift", action="store_true", help=words)
     words = "what is known of the past of a model from elsewhere, such as tokens=2T or peak=3e-4"
     parser.add_argument("--parent", action="append", default=[], metavar="FACT=VALUE", help=words)
     words = "change a setting of the recipe, as in batch.sequences=32"

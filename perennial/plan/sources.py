@@ -156,7 +156,7 @@ def _share_source(known: Knowledge, made: Draft, choice: Choice, share: float | 
         return "given", "asked for with --replay"
     if choice.share is not None and known.laws.old is not None:
         return "own runs", f"lowest mean of old and new loss by the laws of {known.laws.old.num_runs} runs"
-    return "published", f"{made.share_reason} (Ibrahim et al. 2024, arXiv 2403.08763)"
+    return "published", f"{made.share_reason} (Ibrahim et al. 2024, arXiv 2403.08763; strong: arXiv 2503.05029)"
 
 
 def _peak_source(known: Knowledge, made: Draft) -> tuple[Kind, str]:
@@ -221,7 +221,10 @@ def unknown_of(known: Knowledge, tokens: int, has_old: bool) -> list[str]:
     if known.old_before is None and known.facts.parent_tokens:
         lines.append("old loss: the parent's own is not recorded, so only its rise can be said")
     if known.kind == "unknown" and known.facts.parent_tokens:
-        lines.append("shift between old and new text: not measured; published weak and strong ones bound the curve")
+        lines.append(
+            "shift between old and new text: not measured; published weak and strong ones bound the curve, and "
+            "`continue` measures it before it chooses the replay; so does --measure-shift"
+        )
     return lines
 
 

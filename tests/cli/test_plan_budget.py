@@ -135,6 +135,27 @@ def test_in_words_and_in_other_budgets(base: Path, workspace: Workspace, capsys:
     assert found["cost"]["money"] == pytest.approx(5e-8, rel=0.05)
 
 
+def test_the_measured_shift_is_that_of_continue(
+    base: Path, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [base, "--data", f"new={workspace.new}", "--budget", "3000 tokens"]
+    assert any(
+        line.startswith("shift between old and new text: not measured") for line in planned(capsys, *words)["unknown"]
+    )
+    found = planned(capsys, *words, "--measure-shift")
+    assert not any(line.startswith("shift") for line in found["unknown"])
+    update = ["continue", str(base), "--data", f"new={workspace.new}", "--tokens", "3000 tokens", "--dry-run", "--json"]
+    assert main([*update, "--out", str(tmp_path / "update")]) == 0
+    chosen = next(reason for reason in json.loads(capsys.readouterr().out)["reasons"] if reason.startswith("replay"))
+    assert "bits per byte on the new data" in chosen
+    (share,) = (number for number in found["numbers"] if number["name"] == "share of old text")
+    assert share["source"].startswith(chosen)
+    raw = tmp_path / "new.jsonl"
+    raw.write_text('{"text": "Words that nobody has prepared."}\n' * 2000, encoding="utf-8")
+    assert main(["plan", str(base), "--data", f"new={raw}", "--budget", "3000 tokens", "--measure-shift"]) == 2
+    assert "corpus 'new' is raw text; run `perennial prepare`" in capsys.readouterr().err
+
+
 def test_named_old_text_is_known_by_its_content(
     base: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +280,7 @@ def test_calibrate_for_a_new_model(workspace: Workspace, tmp_path: Path, capsys:
         (["--calibrate", "--out", "c.yaml"], "a calibration is a .json file"),
         (["--calibrate", "--out", "c.json", "--budget", "3 h"], "with --calibrate the tokens of the update"),
         (["--budget", "3000 tokens", "batch.sequences=3"], "belongs to --memory"),
+        (["--calibrate", "--out", "c.json", "--measure-shift"], "a calibration does so by itself"),
     ],
 )
 def test_wrong_input(
@@ -277,6 +299,7 @@ def test_wrong_input(
         (["--sizes", "11m"], "Did you mean '1m'?"),
         (["--sizes", "70b"], "less than one update"),
         (["--recipe", "rewarm"], "--recipe: belongs to a checkpoint"),
+        (["--measure-shift"], "a new model knows no text"),
     ],
 )
 def test_wrong_input_for_a_new_model(
