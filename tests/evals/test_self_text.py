@@ -15,7 +15,7 @@ from perennial.evals.generation import Writer
 from perennial.evals.self_text import Sampling, number_of_tokens, write_text
 from perennial.train.recipe import parse_recipe
 from perennial.train.run import start
-from tests.commands import perennial
+from tests.commands import answer
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_numbers_of_tokens_and_mistakes(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_writes_replay_for_a_continuation(workspace: Any, model: Path, tmp_path: Path) -> None:
-    written = perennial("generate", model, "--tokens", "2K", "--out", tmp_path / "self.jsonl", "--json")
+    written = answer("generate", model, "--tokens", "2K", "--out", tmp_path / "self.jsonl", "--json")
     assert written.returncode == 0, written.stderr
     assert json.loads(written.stdout)["tokens"] >= 2000
-    planned = perennial(
+    planned = answer(
         "continue", model, "--data", f"new={workspace.new}", "--tokens", "1K", "--out", tmp_path / "run", "--dry-run",
         "--replay", "30%", "--replay", f"self={tmp_path / 'self.jsonl'}", "--validation", "10%", "--json",
     )  # fmt: skip

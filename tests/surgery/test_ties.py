@@ -22,7 +22,7 @@ from perennial.train.merging_search import Search
 from perennial.train.recipe import parse_recipe
 from perennial.train.run import start
 from perennial.train.stored_weights import _loaded, stored_weights
-from tests.commands import perennial
+from tests.commands import answer
 
 
 def as_published(changes: np.ndarray, density: float) -> np.ndarray:
@@ -120,7 +120,7 @@ def test_a_search_goes_from_the_parent_to_the_scale(workspace: Any, family: dict
 
 def test_through_the_command_line(family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = [str(family[name]) for name in ("child", "sibling")]
-    done = perennial("merge", *models, "--ties", "--density", "50%", "--out", str(tmp_path / "out"), "--json")
+    done = answer("merge", *models, "--ties", "--density", "50%", "--out", str(tmp_path / "out"), "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["density"], result["scale"], len(result["parts"])) == (0.5, 1.0, 2)

@@ -17,7 +17,7 @@ from perennial.train.annealing import anneal_run, derive_anneal
 from perennial.train.continuing import continue_run
 from perennial.train.recipe import parse_recipe
 from perennial.train.run import start
-from tests.commands import perennial
+from tests.commands import answer
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_what_cannot_be_annealed_is_refused_and_what_gains_little_is_told(
 
 def test_the_command_plans_and_tells_mistakes(trunk: Path, tmp_path: Path) -> None:
     asked = ["anneal", trunk, "--tokens", "1K", "--out", tmp_path / "b"]
-    planned = perennial(*asked, "--dry-run", "--json")
+    planned = answer(*asked, "--dry-run", "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["resolved"]["stages"][0]["rate_end"] == 0
     assert not (tmp_path / "b").exists()
@@ -93,7 +93,7 @@ def test_the_command_plans_and_tells_mistakes(trunk: Path, tmp_path: Path) -> No
         (["--final", "200%"], "100%"),
         (["--final", "1"], "above"),
     ):
-        answer = perennial(*asked, *arguments)
-        assert answer.returncode == 2, answer.stderr
-        assert words in answer.stderr
+        done = answer(*asked, *arguments)
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
         assert not (tmp_path / "b").exists()

@@ -19,7 +19,7 @@ from perennial.train.measuring import evaluate_checkpoint
 from perennial.train.recipe import parse_recipe
 from perennial.train.resolve import resolve
 from perennial.train.run import make_run, start, train
-from tests.commands import perennial
+from tests.commands import answer
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_raw_text_is_prepared_and_deduplicated_against_the_parent(workspace: Any
     documents += [json.loads(line) for line in workspace.old_text.read_text().splitlines()][:20]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
     out = tmp_path / "run"
-    answer = perennial(
+    done = answer(
         "continue",
         base,
         "--data",
@@ -150,8 +150,8 @@ def test_raw_text_is_prepared_and_deduplicated_against_the_parent(workspace: Any
         out,
         "--json",
     )
-    assert answer.returncode == 0, answer.stderr
-    result = json.loads(answer.stdout)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
     assert result["result"]["complete"]
     assert any("replay" in r for r in result["reasons"])
     manifest = json.loads((out / "corpora/mixed/manifest.json").read_text())
@@ -163,7 +163,7 @@ def test_raw_text_is_prepared_and_deduplicated_against_the_parent(workspace: Any
 
 
 def test_a_dry_run_writes_no_run(workspace: Any, base: Path, tmp_path: Path) -> None:
-    answer = perennial(
+    done = answer(
         "continue",
         base,
         "--data",
@@ -174,9 +174,9 @@ def test_a_dry_run_writes_no_run(workspace: Any, base: Path, tmp_path: Path) -> 
         tmp_path / "run",
         "--dry-run",
     )
-    assert answer.returncode == 0, answer.stderr
-    assert "learning rate: starts at" in answer.stdout
-    assert "replay" in answer.stdout
+    assert done.returncode == 0, done.stderr
+    assert "learning rate: starts at" in done.stdout
+    assert "replay" in done.stdout
     assert not (tmp_path / "run").exists()
 
 
@@ -232,10 +232,10 @@ def test_wrong_input_exits_2_with_one_error(workspace: Any, base: Path, tmp_path
         (["show", tmp_path], "neither a prepared corpus"),
     ]
     for arguments, words in cases:
-        answer = perennial(*arguments)
-        assert answer.returncode == 2, (arguments, answer.stderr)
-        assert words in answer.stderr
-        assert "Traceback" not in answer.stderr
+        done = answer(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
         assert not (tmp_path / "r").exists()
 
 

@@ -19,7 +19,7 @@ from perennial.train.document_loss import document_losses
 from perennial.train.recipe import parse_recipe
 from perennial.train.run import start
 from perennial.train.selecting import choose, select
-from tests.commands import perennial
+from tests.commands import answer
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def test_stability_gap_trains_on_the_likeliest_part(workspace: Any, model: Path,
 
 
 def test_the_command(workspace: Any, model: Path, tmp_path: Path) -> None:
-    answer = perennial("select", workspace.new, "--by", model, "--keep", "10%", "--out", tmp_path / "b.jsonl", "--json")
-    assert answer.returncode == 0, answer.stderr
-    assert json.loads(answer.stdout)["kept"] > 0
-    wrong = perennial("select", tmp_path / "nowhere", "--by", model, "--out", tmp_path / "c.jsonl")
+    done = answer("select", workspace.new, "--by", model, "--keep", "10%", "--out", tmp_path / "b.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kept"] > 0
+    wrong = answer("select", tmp_path / "nowhere", "--by", model, "--out", tmp_path / "c.jsonl")
     assert (wrong.returncode, "no such file" in wrong.stderr) == (2, True)
