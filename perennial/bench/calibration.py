@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 MOST_ROW_TOKENS = 512
 """Rows of the copies are no longer: attention over long rows costs what more tokens would tell better."""
 
+SPEED_SAMPLES = 3
+"""How often the speed is measured: once before the small runs, whose sizes it decides, and the rest after them."""
+
 
 def calibrate(task: Task, *, say: Callable[[str], None] = print) -> Calibration:
     """Works off the small runs and writes the file; stopped, it goes on when called again. Raises UserError."""
@@ -61,6 +64,7 @@ def calibrate(task: Task, *, say: Callable[[str], None] = print) -> Calibration:
         flops=60 * task.minutes * speed["flops_per_second"],
     )
     rows, folders = all_runs(setting, sizes, parent is not None, say)
+    speed = speed_of(setting, parent, say, samples=SPEED_SAMPLES)  # the first one was minutes ago
     found = Calibration(
         checkpoint=parent.lineage.checkpoint if parent else None,
         corpora=setting.fingerprints,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,14 @@ NOISE_ROWS = 16
 NOISE_BATCHES = 4
 
 
-def speed_of(setting: Setting, parent: Parent | None, say: Callable[[str], None]) -> dict[str, float]:
-    """Speed and memory of the model itself in a process of its own, or of its small copy where it is too large."""
+def speed_of(
+    setting: Setting, parent: Parent | None, say: Callable[[str], None], *, samples: int = 1
+) -> dict[str, float]:
+    """Speed and memory of the model itself in a process of its own, or of its small copy where it is too large.
+
+    The speed is the median of so many samples of a few seconds, those of earlier calls included: a machine that others
+    use as well, or that grows hot, is not equally fast all the time.
+    """
     config = setting.config
     last = parent.lineage.stages[-1] if parent and parent.lineage.stages else None
     length = last.sequence_length if last else setting.length
@@ -37,11 +44,20 @@ def speed_of(setting: Setting, parent: Parent | None, say: Callable[[str], None]
         "optimizer": setting.optimizer,
     }
     key = stable_hash(asked)
+    taken: list[dict[str, float]] = []
     if place.is_file():
         known = json.loads(place.read_text(encoding="utf-8"))
-        if known["key"] == key:
-            return dict(known["speed"])
-    say("calibrate: speed and memory of an update")
+        taken = known.get("samples", []) if known["key"] == key else []
+    while len(taken) < samples:
+        say(f"calibrate: speed and memory of an update, sample {len(taken) + 1}")
+        taken.append(_sample(asked))
+        write_json(place, {"key": key, "samples": taken})
+    rate = statistics.median(sample["tokens_per_second"] for sample in taken)
+    return {**taken[0], "tokens_per_second": rate, "flops_per_second": rate * taken[0]["flops_per_token"]}
+
+
+def _sample(asked: Mapping[str, object]) -> dict[str, float]:
+    """What `calibration_speed` measures. Raises UserError when it cannot."""
     done = subprocess.run(
         [sys.executable, "-m", "perennial.bench.calibration_speed"],
         input=json.dumps(asked),
@@ -51,10 +67,7 @@ def speed_of(setting: Setting, parent: Parent | None, say: Callable[[str], None]
     )
     if done.returncode:
         raise UserError(f"the speed of an update could not be measured: {done.stderr.strip().splitlines()[-1:]}")
-    speed = json.loads(done.stdout)
-    speed["flops_per_second"] = speed["tokens_per_second"] * speed["flops_per_token"]
-    write_json(place, {"key": key, "speed": speed})
-    return dict(speed)
+    return dict(json.loads(done.stdout))
 
 
 def losses_before(setting: Setting, parent: Parent | None) -> tuple[tuple[float, float] | None, float | None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from perennial.bench import calibration, calibration_measures, calibration_runs
+from perennial.bench import calibration_measures, calibration_runs
 from perennial.cli.main import main
 from perennial.core.lineage import newest_checkpoint
 from perennial.plan.calibration import read
@@ -214,11 +214,12 @@ def test_a_new_model(workspace: Workspace, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.fixture
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A calibration of three updates, whose speed is not measured."""
+    """A calibration of three updates on a machine that is fast at first."""
     few = [SmallRun(0, 1.0, 0.0), SmallRun(0, 1.0, 0.5), SmallRun(1, 1.0, 0.05)]
     monkeypatch.setattr(calibration_runs, "runs", lambda has_parent: few if has_parent else few[::2])
-    speed = {"flops_per_second": 1e9, "parameters": 51360, "memory_bytes": 1e8, "planned_memory_bytes": 1e8}
-    monkeypatch.setattr(calibration, "speed_of", lambda *_: speed)
+    rates = iter((1e3, 400.0, 500.0))
+    sample = {"flops_per_token": 1e6, "parameters": 51360, "memory_bytes": 1e8, "planned_memory_bytes": 1e8}
+    monkeypatch.setattr(calibration_measures, "_sample", lambda _: {**sample, "tokens_per_second": next(rates)})
     for module in (calibration_runs, calibration_measures):
         monkeypatch.setattr(module, "EVALUATION_TOKENS", 2048)
 
@@ -238,6 +239,8 @@ def test_calibrate_then_plan(
     assert [run.kind for run in found.runs] == ["base", "update", "update", "base", "update"]
     assert all(run.old and run.new for run in found.runs if run.kind == "update")
     assert found.shift is not None
+    assert found.speed.flops_per_second == 500 * 1e6  # the median; one sample before the runs, two after them
+    assert captured.err.index("sample 1") < captured.err.index("run 1 of 5") < captured.err.index("sample 2")
     assert main(words) == 0
     assert "run 1 of 5" not in capsys.readouterr().err
     assert read(out) == found
