@@ -17,6 +17,8 @@ from perennial.scaling.table import Flag
 _SHOWN_FLAGS = 5
 _ADVICE = {"worse": "; --drop worse keeps the best row of each size and tokens", "outlier": "; see --drop outliers"}
 _SHOWN_ROWS = 20
+_WILD = 1000
+"""Percent of error from which on a form is simply of no use there."""
 _PARTS = ("mean", "low", "high", "run_low", "run_high", "extrapolation")
 
 
@@ -26,7 +28,8 @@ def flag_lines(flags: Sequence[Flag]) -> list[str]:
     for kind in dict.fromkeys(flag.kind for flag in flags):
         mine = [flag for flag in flags if flag.kind == kind]
         fate = "left out" if mine[0].is_dropped else "kept"
-        lines.append(f"  {kind}, {fate}: {len(mine)} rows{_ADVICE.get(kind, '') if fate == 'kept' else ''}")
+        rows = "1 row" if len(mine) == 1 else f"{len(mine)} rows"
+        lines.append(f"  {kind}, {fate}: {rows}{_ADVICE.get(kind, '') if fate == 'kept' else ''}")
         lines += [f"    row {flag.row}: {flag.text}" for flag in mine[:_SHOWN_FLAGS]]
         lines += [f"    and {len(mine) - _SHOWN_FLAGS} more"] if len(mine) > _SHOWN_FLAGS else []
     return lines
@@ -48,7 +51,7 @@ def _blend_lines(fitted: Blend) -> list[str]:
     ahead = "none could be left out" if fitted.left_out_mape is None else f"{fitted.left_out_mape:.2f}%"
     lines = [f"error on the rows {fitted.mape:.2f}%, on the largest when they are left out {ahead}", ""]
     for member in fitted.members:
-        errors = " and ".join(f"{e:.2f}%" for e in member.left_out_mape) or "unknown"
+        errors = " and ".join(f"{e:.2f}%" if e < _WILD else f"over {_WILD}%" for e in member.left_out_mape) or "unknown"
         strength = getattr(member.fit.law, "strength", None)
         name = member.name if strength is None else f"{member.name} (ridge {strength:g})"
         lines.append(f"  {name:<24} weight {member.weight:.2f}, rows {member.fit.mape:.2f}%, left out {errors}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 
 from perennial.cli import main
 from perennial.core import plugins
+from perennial.scaling.choosing import Blend, fit_loss_law
 from perennial.scaling.curves import Rates
 from perennial.scaling.laws.annealing import Annealing
 from perennial.scaling.laws.chinchilla import Chinchilla
+from perennial.scaling.table import RunTable
+from perennial.scaling.words import law_lines
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -66,6 +70,13 @@ def test_fit_prints_json(table: Path, capsys: Capsys) -> None:
     assert facts["identifiable"]
     assert facts["columns"]["parameters"] == "millions:M"
     assert {"coefficients", "intervals", "active_bounds", "left_out_mape", "weight"} <= facts["members"][0].keys()
+
+
+def test_a_form_that_runs_wild_where_rows_are_left_out_is_told_in_few_digits(table: Path) -> None:
+    found = fit_loss_law(RunTable.read(table, ["parameters=millions:M"]).columns, bootstrap=0)
+    assert isinstance(found, Blend)
+    wild = replace(found, members=(replace(found.best, left_out_mape=(1.5, 3e33)), *found.members[1:]))
+    assert "left out 1.50% and over 1000%" in "\n".join(law_lines(wild))
 
 
 def test_predict_takes_a_run_or_a_budget(law: Path, capsys: Capsys) -> None:

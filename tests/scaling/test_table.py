@@ -14,6 +14,7 @@ import pytest
 from perennial.core.errors import UserError
 from perennial.scaling.laws.chinchilla import Chinchilla
 from perennial.scaling.table import RunTable
+from perennial.scaling.words import flag_lines
 
 TRUTH = Chinchilla.EXAMPLES[0]["coefficients"]
 
@@ -94,6 +95,7 @@ def test_flags_what_is_odd_and_drops_what_is_told(tmp_path: Path) -> None:
         (5, "outlier", False),
     ]
     assert len(table) == 28
+    assert "  outlier, kept: 1 row; see --drop outliers" in flag_lines(table.flags)
     assert len(RunTable.read(path, drop=["outliers"])) == 27
 
 
