@@ -19,7 +19,7 @@ from perennial.core.layout import Layout
 from perennial.core.lineage import checkpoints_of, newest_checkpoint
 from perennial.train import checkpoint
 from perennial.train.recipe import ParallelSettings, parse_recipe
-from perennial.train.run import start
+from perennial.train.run import start, train
 from tests.train.many_runs import run_all
 from tests.workspace import Workspace
 
@@ -49,6 +49,7 @@ def model(**changes: Any) -> dict[str, Any]:
 def recipe(workspace: Workspace, **changes: Any) -> dict[str, Any]:
     """Rows that neither 4 nor 3 divides, in micro-batches."""
     asked = workspace.recipe(model=model(qk_norm="head"), **changes)
+    asked["checkpoints"] = {"every": "1024 tokens", "keep": 3}
     return {**asked, "batch": {"sequences": 6, "sequence_length": 32, "micro_batch": 1}}
 
 
@@ -75,20 +76,34 @@ def cut_back(run: Path, copy: Path, tokens: int) -> Path:
     for path in checkpoints_of(copy):
         if int(path.name) > tokens:
             shutil.rmtree(path)
+    assert checkpoints_of(copy), f"{run} has kept no checkpoint up to {tokens}"
     lines = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
     kept = [line for line in lines if line["event"] != "done" and line.get("tokens", 0) <= tokens]
     (copy / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     return copy
 
 
+MIDDLE = 1152
+"""Tokens of six updates."""
+ONWARD: dict[int, list[tuple[str, dict[str, Any]]]] = {
+    4: [("one", {"parallel.shard": "full"})],
+    2: [
+        ("4 shards and tensor", {"parallel.shard": "none", "parallel.tensor": 1}),
+        ("4 hybrid", {"parallel.shard": "none", "parallel.shard_size": "null", "parallel.tensor": 2}),
+    ],
+}
+"""Processes -> runs of another number that they go on with from the middle, and what changes."""
+
+
 @pytest.fixture(scope="module")
 def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, and every layout on 2 and on 4; then each gone on with from its middle by another number."""
+    """One process, and every layout on 4 and on 2; some gone on with from the middle by another number (`ONWARD`)."""
     folder = tmp_path_factory.mktemp("parallel")
     start(parse_recipe(recipe(workspace)), folder / "one", base=Path(), quiet=True)
     start(parse_recipe(recipe(workspace, precision="bf16")), folder / "one bf16", base=Path(), quiet=True)
-    for processes, layouts in LAYOUTS.items():
-        asked = [
+    for processes in (4, 2):
+        layouts = LAYOUTS[processes]
+        asked: list[dict[str, Any]] = [
             {"out": str(folder / f"{processes} {name}"), "recipe": recipe(workspace, parallel=parallel)}
             for name, parallel in layouts.items()
         ]
@@ -97,6 +112,10 @@ def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path
             asked.append({"out": str(folder / "2 behind"), "recipe": sharded, "behind": True})
             narrow = recipe(workspace, parallel=layouts["shards"], precision="bf16")
             asked.append({"out": str(folder / "2 bf16"), "recipe": narrow})
+        for name, changes in ONWARD[processes]:
+            copy = cut_back(folder / name, folder / f"{name} then {processes}", MIDDLE)
+            texts = [f"{key}={value}" for key, value in changes.items()]
+            asked.append({"out": str(copy), "recipe": None, "parallel": texts})
         run_all(asked, processes, folder)
     return folder
 
@@ -138,30 +157,16 @@ def test_what_is_saved_while_training_goes_on_is_the_same(runs: Path) -> None:
         assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
-def test_what_some_processes_saved_any_other_number_goes_on_from(runs: Path, workspace: Workspace) -> None:
+def test_what_some_processes_saved_any_other_number_goes_on_from(runs: Path) -> None:
     """1 -> 4 sharded, 2 sharded -> 1, 4 sharded and divided -> 2 replicated, 4 hybrid -> 2 divided."""
-    middle = 1152  # six updates
-    onward = {
-        4: [("one", {"parallel.shard": "full"})],
-        2: [
-            ("4 shards and tensor", {"parallel.shard": "none", "parallel.tensor": 1}),
-            ("4 hybrid", {"parallel.shard": "none", "parallel.shard_size": "null", "parallel.tensor": 2}),
-        ],
-    }
-    for processes, cases in onward.items():
-        asked = []
-        for name, changes in cases:
-            copy = cut_back(runs / name, runs / f"{name} then {processes}", middle)
-            texts = [f"{key}={value}" for key, value in changes.items()]
-            asked.append({"out": str(copy), "recipe": None, "parallel": texts})
-        run_all(asked, processes, runs)
-        for case in asked:
-            assert_close(Path(str(case["out"])), runs / "one")
-    from perennial.train.run import train
-
-    alone = cut_back(runs / "2 shards", runs / "2 shards then 1", middle)
+    for processes, cases in ONWARD.items():
+        for name, _ in cases:
+            assert_close(runs / f"{name} then {processes}", runs / "one")
+            assert events(runs / f"{name} then {processes}", "resume")[0]["tokens"] == MIDDLE
+    alone = cut_back(runs / "2 shards", runs / "2 shards then 1", MIDDLE)
     train(alone, quiet=True)
     assert_close(alone, runs / "one")
+    assert events(alone, "resume")[0]["tokens"] == MIDDLE
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
