@@ -98,7 +98,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=802816, help="of the base, and of every update")
     parser.add_argument("--rows", type=int, default=16, help="of 128 tokens in a batch")
     parser.add_argument("--replays", nargs="+", type=int, default=REPLAYS, choices=REPLAYS, help="percent of old text")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of every plan")
+    parser.add_argument("--seeds", type=int, default=1, choices=range(1, 10), help="runs of every plan")
     parser.add_argument("--minutes", type=float, default=30.0, help="most that a calibration may take")
     parser.add_argument("--list", action="store_true", help="show what is known, run nothing")
     return parser.parse_args()
@@ -311,7 +311,7 @@ def _keep(checks: list[Check], folder: Path, work: Path, text: str, rows: list[d
         target = folder / check.name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        files = [check.calibration, *(check.plan(r) for r in REPLAYS), *(check.recipe(r) for r in REPLAYS)]
+        files = [check.calibration, *sorted((check.folder / "plans").iterdir())]
         for path in files:
             if path.is_file():
                 (target / path.name).write_text(nameless(path), encoding="utf-8")

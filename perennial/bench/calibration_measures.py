@@ -29,8 +29,8 @@ def speed_of(
 ) -> dict[str, float]:
     """Speed and memory of the model itself in a process of its own, or of its small copy where it is too large.
 
-    The speed is the median of so many samples of a few seconds, those of earlier calls included: a machine that others
-    use as well, or that grows hot, is not equally fast all the time.
+    The speed is the median of the first so many samples of a few seconds, those of earlier calls included: a machine
+    that others use as well, or that grows hot, is not equally fast all the time.
     """
     config = setting.config
     last = parent.lineage.stages[-1] if parent and parent.lineage.stages else None
@@ -47,13 +47,14 @@ def speed_of(
     taken: list[dict[str, float]] = []
     if place.is_file():
         known = json.loads(place.read_text(encoding="utf-8"))
-        taken = known.get("samples", []) if known["key"] == key else []
+        taken = known.get("samples") or [known["speed"]] if known["key"] == key else []  # one, before there were more
     while len(taken) < samples:
         say(f"calibrate: speed and memory of an update, sample {len(taken) + 1}")
         taken.append(_sample(asked))
         write_json(place, {"key": key, "samples": taken})
-    rate = statistics.median(sample["tokens_per_second"] for sample in taken)
-    return {**taken[0], "tokens_per_second": rate, "flops_per_second": rate * taken[0]["flops_per_token"]}
+    # A later sample may be of a smaller copy, where memory has become scarce: FLOPs compare, tokens do not.
+    rates = [sample["tokens_per_second"] * sample["flops_per_token"] for sample in taken[:samples]]
+    return {**taken[0], "flops_per_second": statistics.median(rates)}
 
 
 def _sample(asked: Mapping[str, object]) -> dict[str, float]:

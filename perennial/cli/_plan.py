@@ -113,8 +113,8 @@ def plan_for(args: argparse.Namespace) -> Plan:
     from perennial.scaling.ledger import read
 
     asked = asked_for(args)
-    asked = replace(asked, shift=_shift(asked))
     budget = read_budget(args.budget, here=here(asked.calibration), mfu=args.mfu)
+    asked = replace(asked, shift=_shift(asked, budget))
     facts = facts_of(asked, budget)
     try:
         share = None if asked.share is None else parse(asked.share, ("share",)).value
@@ -146,23 +146,37 @@ def here(calibration: Calibration | None) -> Device:
     return measured(speed.flops_per_second, source)
 
 
-def _shift(asked: Asked) -> tuple[float, float] | None:
-    """As the calibration has it, or measured now when that was asked for. Raises UserError where it cannot be."""
+def _shift(asked: Asked, budget: Budget) -> tuple[float, float] | None:
+    """As the calibration has it, or measured now, as `continue` does, when that was asked for.
+
+    Raises UserError where there is nothing to measure on.
+    """
+    from perennial.cli._plan_drafts import place
     from perennial.core.errors import UserError
+    from perennial.plan.text_size import is_prepared
+    from perennial.train.continuing import old_data
     from perennial.train.shift import measured_shift
 
     if not asked.args.measure_shift:
         return asked.calibration.shift if asked.calibration else None
-    texts = texts_of(asked)
-    if raw := [text.name for text in texts if text.is_estimate]:
+    given = {**asked.data, **asked.stand_ins}
+    made = derived(asked, f"{_tokens(asked, budget):.15g} tokens", None, None, None)
+    if raw := [name for name, path in given.items() if not is_prepared(path)]:
         raise UserError(f"--measure-shift: corpus '{raw[0]}' is raw text; run `perennial prepare` on it first")
-    places = {**_old_places(asked), **asked.data}
-    old, new = ({text.name: places[text.name] for text in texts if text.is_old == is_old} for is_old in (True, False))
+    old = old_data(made, given, place(asked.args)[0]) or asked.stand_ins
     if not old:
         raise UserError(
             "--measure-shift: no old text was found where the lineage has it, nor named: --replay NAME=PATH names it"
         )
-    return measured_shift(asked.checkpoint, old, new, _row_length(asked.parent))
+    return measured_shift(asked.checkpoint, old, asked.data, made.recipe.batch.sequence_length)
+
+
+def _tokens(asked: Asked, budget: Budget) -> float:
+    """What the budget pays for, by rows as long as the parent's (of a model from elsewhere at most 1024 tokens)."""
+    from perennial.model.foreign import flops_per_token
+
+    per_token = float(flops_per_token(asked.parent.config, _row_length(asked.parent)))
+    return max(1.0, budget.flops(per_token) / per_token)
 
 
 def _row_length(parent: Parent) -> int:
@@ -186,9 +200,7 @@ def facts_of(asked: Asked, budget: Budget) -> Facts:
     from perennial.plan.parts import Facts
 
     lineage, config = asked.parent.lineage, asked.parent.config
-    per_token = float(flops_per_token(config, _row_length(asked.parent)))
-    tokens = max(1.0, budget.flops(per_token) / per_token)
-    batch = derived(asked, f"{tokens:.15g} tokens", None, "rewarm", None).recipe.batch
+    batch = derived(asked, f"{_tokens(asked, budget):.15g} tokens", None, "rewarm", None).recipe.batch
     after = lineage.evaluation.get("after", {})
     measured = [name for name in lineage.corpora if name in after and name not in asked.data]
     texts = tuple(texts_of(asked))
@@ -211,22 +223,15 @@ def facts_of(asked: Asked, budget: Budget) -> Facts:
 
 def texts_of(asked: Asked) -> list[Text]:
     """The corpora with their unique training tokens; without named old text those of the lineage that are found."""
-    from perennial.plan.text_size import text_of
-
-    how: dict[str, Any] = {"tokenizer": asked.checkpoint, "text_field": asked.args.text_field}
-    found = [text_of(name, path, is_old=False, **how) for name, path in asked.data.items()]
-    return found + [text_of(name, path, is_old=True, **how) for name, path in _old_places(asked).items()]
-
-
-def _old_places(asked: Asked) -> dict[str, Path]:
-    """Where the old text lies: as named, else where the lineage has it."""
-    from perennial.plan.text_size import is_prepared
+    from perennial.plan.text_size import is_prepared, text_of
 
     old = {**asked.stand_ins, **asked.moved}
-    if asked.stand_ins:
-        return old
-    places = {name: Path(facts["path"]) for name, facts in asked.parent.lineage.corpora.items()}
-    return {name: path for name, path in places.items() if name not in asked.data and is_prepared(path)} | old
+    if not asked.stand_ins:
+        places = {name: Path(facts["path"]) for name, facts in asked.parent.lineage.corpora.items()}
+        old = {name: path for name, path in places.items() if name not in asked.data and is_prepared(path)} | old
+    how: dict[str, Any] = {"tokenizer": asked.checkpoint, "text_field": asked.args.text_field}
+    found = [text_of(name, path, is_old=False, **how) for name, path in asked.data.items()]
+    return found + [text_of(name, path, is_old=True, **how) for name, path in old.items()]
 
 
 def derived(asked: Asked, budget: str, share: float | None, how: Any, peak: float | None) -> Derived:

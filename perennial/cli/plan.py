@@ -27,7 +27,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ledger", metavar="FILE", help="your finished updates, gathered by `perennial laws ledger`")
     parser.add_argument("--recipe", metavar="NAME", help="one of `perennial list continuations` (default: chosen)")
     parser.add_argument("--sizes", metavar="NAMES", help="of a new model: presets to choose from, such as 1m,4m,10m")
-    words = "run the checkpoint on old and new text, as `continue` does: how far they lie apart decides the replay"
+    words = "run the checkpoint on old and new text, as `continue` does: where no --calibration and no --replay SHARE "
+    words += "decides the replay, how far they lie apart does"
     parser.add_argument("--measure-shift", action="store_true", help=words)
     words = "what is known of the past of a model from elsewhere, such as tokens=2T or peak=3e-4"
     parser.add_argument("--parent", action="append", default=[], metavar="FACT=VALUE", help=words)

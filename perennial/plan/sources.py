@@ -221,10 +221,9 @@ def unknown_of(known: Knowledge, tokens: int, has_old: bool) -> list[str]:
     if known.old_before is None and known.facts.parent_tokens:
         lines.append("old loss: the parent's own is not recorded, so only its rise can be said")
     if known.kind == "unknown" and known.facts.parent_tokens:
-        lines.append(
-            "shift between old and new text: not measured; published weak and strong ones bound the curve, and "
-            "`continue` measures it before it chooses the replay; so does --measure-shift"
-        )
+        words = "shift between old and new text: not measured; published weak and strong ones bound the curve"
+        advice = "; --measure-shift measures it, as `continue` without --replay does"
+        lines.append(words + (advice if has_old else ""))
     return lines
 
 

@@ -51,7 +51,9 @@ def _blend_lines(fitted: Blend) -> list[str]:
     ahead = "none could be left out" if fitted.left_out_mape is None else f"{fitted.left_out_mape:.2f}%"
     lines = [f"error on the rows {fitted.mape:.2f}%, on the largest when they are left out {ahead}", ""]
     for member in fitted.members:
-        errors = " and ".join(f"{e:.2f}%" if e < _WILD else f"over {_WILD}%" for e in member.left_out_mape) or "unknown"
+        errors = (
+            " and ".join(f"over {_WILD}%" if e >= _WILD else f"{e:.2f}%" for e in member.left_out_mape) or "unknown"
+        )
         strength = getattr(member.fit.law, "strength", None)
         name = member.name if strength is None else f"{member.name} (ridge {strength:g})"
         lines.append(f"  {name:<24} weight {member.weight:.2f}, rows {member.fit.mape:.2f}%, left out {errors}")

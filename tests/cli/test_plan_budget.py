@@ -13,6 +13,7 @@ import pytest
 from perennial.bench import calibration_measures, calibration_runs
 from perennial.cli.main import main
 from perennial.core.lineage import newest_checkpoint
+from perennial.data.prepare import PrepareSettings, prepare
 from perennial.plan.calibration import read
 from perennial.plan.small_copies import SmallRun
 from perennial.train.recipe import parse_recipe
@@ -135,21 +136,33 @@ def test_in_words_and_in_other_budgets(base: Path, workspace: Workspace, capsys:
     assert found["cost"]["money"] == pytest.approx(5e-8, rel=0.05)
 
 
+@pytest.mark.parametrize("case", ["new text", "a stand-in", "shorter rows"])
 def test_the_measured_shift_is_that_of_continue(
-    base: Path, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, base: Path, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [base, "--data", f"new={workspace.new}", "--budget", "3000 tokens"]
-    assert any(
-        line.startswith("shift between old and new text: not measured") for line in planned(capsys, *words)["unknown"]
-    )
-    found = planned(capsys, *words, "--measure-shift")
+    words = ["--data", f"new={workspace.new}"]
+    if case == "a stand-in":
+        settings = {"inputs": [str(workspace.new_text)], "tokenizer": str(workspace.tokenizer), "validation": "20%"}
+        prepare(PrepareSettings(name="web", **settings), tmp_path / "web")
+        words += ["--replay", f"web={tmp_path / 'web'}"]
+    if case == "shorter rows":
+        words += ["--set", "batch.sequence_length=16"]
+    found = planned(capsys, base, *words, "--budget", "3000 tokens", "--measure-shift")
     assert not any(line.startswith("shift") for line in found["unknown"])
-    update = ["continue", str(base), "--data", f"new={workspace.new}", "--tokens", "3000 tokens", "--dry-run", "--json"]
+    update = ["continue", str(base), *words, "--tokens", "3000 tokens", "--dry-run", "--json"]
     assert main([*update, "--out", str(tmp_path / "update")]) == 0
     chosen = next(reason for reason in json.loads(capsys.readouterr().out)["reasons"] if reason.startswith("replay"))
     assert "bits per byte on the new data" in chosen
     (share,) = (number for number in found["numbers"] if number["name"] == "share of old text")
     assert share["source"].startswith(chosen)
+
+
+def test_a_shift_that_is_not_measured_is_told_and_raw_text_is_refused(
+    base: Path, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = planned(capsys, base, "--data", f"new={workspace.new}", "--budget", "3000 tokens")
+    (told,) = (line for line in found["unknown"] if line.startswith("shift between old and new text: not measured"))
+    assert told.endswith("--measure-shift measures it, as `continue` without --replay does")
     raw = tmp_path / "new.jsonl"
     raw.write_text('{"text": "Words that nobody has prepared."}\n' * 2000, encoding="utf-8")
     assert main(["plan", str(base), "--data", f"new={raw}", "--budget", "3000 tokens", "--measure-shift"]) == 2
@@ -226,10 +239,15 @@ def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_runs")
 def test_calibrate_then_plan(
-    base: Path, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path,
+    workspace: Workspace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, data = tmp_path / "calibration.json", ["--data", f"new={workspace.new}"]
     words = ["plan", str(base), "--calibrate", *data, "--budget", "3072 tokens", "--out", str(out)]
+    words += ["--minutes", "0.05"]  # which the first sample of the speed turns into the sizes of the runs
     assert main(words) == 0
     captured = capsys.readouterr()
     assert "run 5 of 5" in captured.err
@@ -244,6 +262,15 @@ def test_calibrate_then_plan(
     assert main(words) == 0
     assert "run 1 of 5" not in capsys.readouterr().err
     assert read(out) == found
+    timed = out.with_suffix(".runs") / "speed.json"
+    saved = json.loads(timed.read_text(encoding="utf-8"))
+    sample = {"flops_per_token": 1e6, "parameters": 51360, "memory_bytes": 1e8, "planned_memory_bytes": 1e8}
+    early = {"key": saved["key"], "speed": {**sample, "tokens_per_second": 1e3, "flops_per_second": 1e9}}
+    timed.write_text(json.dumps(early), encoding="utf-8")  # as a version wrote it that took one sample
+    monkeypatch.setattr(calibration_measures, "_sample", lambda _: {**sample, "tokens_per_second": 400.0})
+    assert main(words) == 0
+    assert "run 1 of 5" not in capsys.readouterr().err
+    assert read(out).speed.flops_per_second == 400 * 1e6
 
     plan = planned(capsys, base, *data, "--budget", "6144 tokens", "--calibration", out)
     kinds = {number["name"]: number["kind"] for number in plan["numbers"]}
