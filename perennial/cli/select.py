@@ -16,6 +16,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", default="20%", metavar="SHARE", help="share of the tokens, or '5M tokens' (default: 20%%)"
     )
+    words = "choose from a share of a prepared corpus, or '50M tokens' of it, at random (default: all of it)"
+    parser.add_argument("--of", metavar="SHARE", help=words)
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="file to write; must not exist")
     parser.add_argument(
         "--which", choices=["lowest", "middle", "highest"], default="lowest", help="which losses (default: lowest)"
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.by),
         Path(args.out),
         keep=args.keep,
+        of=args.of,
         which=args.which,
         text_field=args.text_field,
         reader=args.reader,

@@ -15,6 +15,12 @@ from perennial.train.workers import under_torchrun
 
 _HELD_OUT = 4
 """Documents that are held out at least."""
+CHOSEN_OF, DIVIDED_OF = 10.0, 2.0
+"""Most tokens that the parent reads beforehand: of the part that is chosen, and of what the update will read.
+
+Assumption: the likeliest tenth is far enough from the mean. Reading costs a third of training on the same text, and a
+corpus may be thousands of times as long as its update.
+"""
 
 
 def best_part(
@@ -22,7 +28,8 @@ def best_part(
 ) -> dict[str, Path]:
     """The part of each new corpus that the parent finds likeliest, prepared in the run folder; all without a `share`.
 
-    how: further arguments of `prepared`. What an earlier call has chosen is taken as it is.
+    It is chosen from `CHOSEN_OF` times its tokens, drawn at random. how: further arguments of `prepared`. What an
+    earlier call has chosen is taken as it is.
     """
     if share is None:
         return dict(fresh)
@@ -32,22 +39,25 @@ def best_part(
     for name, path in fresh.items():
         text = how["out"] / "corpora" / f"{name}-best.jsonl"
         if not text.exists():
-            select(path, checkpoint, text, keep=f"{share:.6%}", quiet=how["quiet"])
+            kept = max(1, round(share * Corpus.open(path).train.num_tokens))
+            of = f"{min(1.0, CHOSEN_OF * share):.6%}"
+            select(path, checkpoint, text, keep=f"{kept} tokens", of=of, quiet=how["quiet"])
         parts[f"{name}-best"] = _prepared_part(f"{name}-best", text, path, how)
     return parts
 
 
 def in_order(
-    checkpoint: Path, fresh: Mapping[str, Path], arrangement: Arrangement, how: Mapping[str, Any]
+    checkpoint: Path, fresh: Mapping[str, Path], arrangement: Arrangement, read: float | None, how: Mapping[str, Any]
 ) -> dict[str, Path]:
     """The new corpora in the order in which the stages go through them; of a single one its parts.
 
-    how: further arguments of `prepared`. Parts that an earlier call has written and prepared are taken as they are.
+    read: tokens of the update; `DIVIDED_OF` times as many are divided, drawn at random (None: all). how: further
+    arguments of `prepared`. Parts that an earlier call has written and prepared are taken as they are.
     """
     if arrangement.order == "given":
         return dict(fresh)
     likeliest_first = (
-        _parts(checkpoint, fresh, arrangement.parts, how) if len(fresh) == 1 else _by_loss(checkpoint, fresh)
+        _parts(checkpoint, fresh, arrangement.parts, read, how) if len(fresh) == 1 else _by_loss(checkpoint, fresh)
     )
     return likeliest_first if arrangement.order == "easy" else dict(reversed(likeliest_first.items()))
 
@@ -60,7 +70,9 @@ def _by_loss(checkpoint: Path, fresh: Mapping[str, Path]) -> dict[str, Path]:
     return dict(sorted(fresh.items(), key=lambda item: float(losses[item[0]]["nats_per_token"])))
 
 
-def _parts(checkpoint: Path, fresh: Mapping[str, Path], number: int, how: Mapping[str, Any]) -> dict[str, Path]:
+def _parts(
+    checkpoint: Path, fresh: Mapping[str, Path], number: int, read: float | None, how: Mapping[str, Any]
+) -> dict[str, Path]:
     """A corpus in so many parts equal in tokens, each prepared in the run folder, the likeliest first."""
     from perennial.train.selecting import divide
 
@@ -74,7 +86,8 @@ def _parts(checkpoint: Path, fresh: Mapping[str, Path], number: int, how: Mappin
                 f"{path}: is not cut into parts yet, which one process does: start with --processes N, or make "
                 f"{how['out']} with --dry-run first"
             )
-        divide(path, checkpoint, list(texts.values()), quiet=how["quiet"])
+        of = None if read is None else DIVIDED_OF * read
+        divide(path, checkpoint, list(texts.values()), of=of, quiet=how["quiet"])
     return {part: _prepared_part(part, text, path, how) for part, text in texts.items()}
 
 

@@ -343,7 +343,9 @@ def continue_run(
             choices["also_measured"] = fresh
             fresh = best_part(checkpoint, fresh, whole.subset_share, {**how, "against": known})
         elif arrangement:
-            whole_text, fresh = fresh, in_order(checkpoint, fresh, arrangement, {**how, "against": known})
+            budgets = [stage.budget for stage in asked.recipe.stages]
+            read = sum(b.value for b in budgets) if all(b.unit == "tokens" for b in budgets) else None
+            whole_text, fresh = fresh, in_order(checkpoint, fresh, arrangement, read, {**how, "against": known})
             choices["also_measured"] = {n: p for n, p in whole_text.items() if n not in fresh}
         derived = derive(
             checkpoint,

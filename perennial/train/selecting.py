@@ -47,6 +47,8 @@ Which = Literal["lowest", "middle", "highest"]
 
 _LEAST_DOCUMENTS = 8
 """Documents that a part has at least, so that some can be held out of it."""
+_FEWEST_DRAWN = 256
+"""Documents that are drawn at least (or all), however long they are, so that there is something to choose from."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def select(
     out: Path,
     *,
     keep: str = "20%",
+    of: str | None = None,
     which: Which = "lowest",
     text_field: str = "text",
     reader: Reader | str = AUTO,
@@ -72,7 +75,8 @@ def select(
 ) -> dict[str, Any]:
     """Writes the kept documents of a text or prepared corpus (its training part) to `out`, .jsonl with their losses.
 
-    by: the checkpoint, or run folder, whose losses decide; keep: a share of the tokens, or '5M tokens'. Returns
+    by: the checkpoint, or run folder, whose losses decide; keep: a share of the tokens, or '5M tokens'; of: how much of
+    a prepared corpus to choose from, a share or tokens, whole documents drawn at random (None: all of it). Returns
     {'out', 'documents', 'kept', 'tokens', 'kept_tokens', 'nats_per_token', 'kept_nats_per_token', 'highest'}.
     """
     tune_process()
@@ -82,10 +86,14 @@ def select(
     if out.exists() or out.suffix != ".jsonl":
         why = "exists already; give another name, or delete it" if out.exists() else "its name must end in .jsonl"
         raise UserError(f"--out {out}: {why}")
-    losses, sizes = _losses(source, lineages.newest_checkpoint(by), text_field, reader, sequence_length, quiet)
+    if of is not None and source.exists() and not is_prepared(source):
+        raise UserError(f"--of {of}: belongs to a prepared corpus, and {source} is raw text")
+    drawn = None if of is None else _drawn(source, _amount(of, "--of"))
+    text = _Text(source, text_field, reader, drawn)
+    losses, sizes = _losses(text, lineages.newest_checkpoint(by), sequence_length, quiet)
     means = losses / np.maximum(1, sizes)
     chosen = choose(means, sizes, amount.of(float(sizes.sum())), which)
-    _write(out, _documents(source, text_field, reader), chosen, means, sizes)
+    _write(out, text.documents(), chosen, means, sizes)
     return {
         "out": str(out),
         "documents": len(sizes),
@@ -98,14 +106,16 @@ def select(
     }
 
 
-def divide(source: Path, by: Path, outs: Sequence[Path], *, quiet: bool = False) -> None:
+def divide(source: Path, by: Path, outs: Sequence[Path], *, of: float | None = None, quiet: bool = False) -> None:
     """Writes a prepared corpus (its training part) to `outs` in parts equal in tokens, the likeliest documents first.
 
     by: the checkpoint whose losses decide; `outs` are .jsonl files as `select` writes them, and what is there is
-    replaced. Raises UserError for a corpus with too few documents.
+    replaced; of: tokens of documents drawn at random that are divided instead of all. Raises UserError for a corpus
+    with too few documents.
     """
     tune_process()
-    losses, sizes = _losses(source, by, "text", AUTO, None, quiet)
+    text = _Text(source, "text", AUTO, None if of is None else _drawn(source, Amount(of, "tokens")))
+    losses, sizes = _losses(text, by, None, quiet)
     means = losses / np.maximum(1, sizes)
     places = parts(means, sizes, len(outs))
     fewest = int(np.bincount(places, minlength=len(outs)).min())
@@ -115,7 +125,7 @@ def divide(source: Path, by: Path, outs: Sequence[Path], *, quiet: bool = False)
             f"and {_LEAST_DOCUMENTS} are needed; take fewer parts, or more text"
         )
     for number, out in enumerate(outs):
-        _write(out, _documents(source, "text", AUTO), places == number, means, sizes)
+        _write(out, text.documents(), places == number, means, sizes)
 
 
 def parts(means: NDArray[np.float64], sizes: NDArray[np.int64], number: int) -> NDArray[np.int64]:
@@ -127,19 +137,60 @@ def parts(means: NDArray[np.float64], sizes: NDArray[np.int64], number: int) -> 
     return result
 
 
+def _drawn(source: Path, amount: Amount) -> NDArray[np.bool_]:
+    """Documents of a prepared corpus drawn at random, the same ones each time, that hold at least so many tokens."""
+    ends = Corpus.open(source).train.document_ends().astype(np.int64)
+    sizes = np.diff(ends, prepend=0)
+    order = np.random.default_rng(0).permutation(len(sizes))
+    before = np.cumsum(sizes[order]) - sizes[order]
+    drawn = np.zeros(len(sizes), bool)
+    drawn[order[before < amount.of(float(sizes.sum()))]] = True
+    drawn[order[:_FEWEST_DRAWN]] = True
+    return drawn
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is chosen from: a prepared corpus (its training part), or raw text."""
+
+    source: Path
+    field: str
+    reader: Reader | str
+    drawn: NDArray[np.bool_] | None = None
+    """The documents of a prepared corpus that count; None: all."""
+
+    def documents(self) -> Iterator[tuple[Kept, float]]:
+        """The documents, in order, each with the share that has been read."""
+        if is_prepared(self.source):
+            corpus = Corpus.open(self.source)
+            found = zip(decoded(corpus, corpus.train), corpus.train.documents(), strict=True)
+            for number, ((text, share), facts) in enumerate(found):
+                if self.drawn is None or self.drawn[number]:
+                    yield Kept(str(facts.get("id", "")), text, facts.get("metadata", {})), share
+            return
+        inputs = survey([self.source], self.reader)
+        total = sum(one.num_bytes for one in inputs)
+        for document, place in documents(inputs, Fields(self.field)):
+            if not is_blank(document.text):
+                share = (place.done_bytes + place.position.consumed) / max(1, total)
+                yield Kept(document.id, document.text, document.metadata), min(1.0, share)
+
+    def size(self) -> tuple[float, str]:
+        """How much there is to read, and in what unit."""
+        if not is_prepared(self.source):
+            return float(sum(one.num_bytes for one in survey([self.source], self.reader))), "bytes"
+        sizes = np.diff(Corpus.open(self.source).train.document_ends().astype(np.int64), prepend=0)
+        return float(sizes.sum() if self.drawn is None else sizes[self.drawn].sum()), "tokens"
+
+
 def _losses(
-    source: Path,
-    checkpoint: Path,
-    text_field: str,
-    reader: Reader | str,
-    sequence_length: int | None,
-    quiet: bool,
+    text: _Text, checkpoint: Path, sequence_length: int | None, quiet: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(nats, tokens) of every document under a checkpoint, in their order. Raises UserError when there is none."""
-    if is_prepared(source):
-        open_for(checkpoint, {"corpus": source})
-    elif not source.exists():
-        raise UserError(f"{source}: no such file or folder")
+    if is_prepared(text.source):
+        open_for(checkpoint, {"corpus": text.source})
+    elif not text.source.exists():
+        raise UserError(f"{text.source}: no such file or folder")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model = load_weights(checkpoint, device).eval()
     tokenizer = TokenizerFolder.open(checkpoint)
@@ -147,16 +198,16 @@ def _losses(
     length = sequence_length or _row_length(checkpoint, model.config, device)
     nats: list[float] = []
     counts: list[int] = []
-    size, unit = _size(source, reader)
+    size, unit = text.size()
     with Progress("select", total=size, unit=unit, quiet=quiet) as line, autocast(native_precision(device), device):
-        ids = _ids(source, checkpoint, text_field, reader, line, size)
+        ids = _ids(text, checkpoint, line, size)
         for loss, count in document_losses(
             model, ids, length=length, separator_id=tokenizer.separator_id, device=device
         ):
             nats.append(loss)
             counts.append(count)
     if not counts:
-        raise UserError(f"{source}: has no documents to choose from")
+        raise UserError(f"{text.source}: has no documents to choose from")
     return np.array(nats), np.array(counts)
 
 
@@ -177,13 +228,13 @@ def choose(
     return kept
 
 
-def _amount(keep: str) -> Amount:
+def _amount(text: str, option: str = "--keep") -> Amount:
     try:
-        amount = parse(keep, ("share", "tokens"))
+        amount = parse(text, ("share", "tokens"))
     except ValueError as error:
-        raise UserError(f"--keep: {error}") from None
+        raise UserError(f"{option}: {error}") from None
     if amount.value == 0 or (amount.unit == "share" and amount.value > 1):
-        raise UserError(f"--keep {keep}: must be above 0 and at most 100%")
+        raise UserError(f"{option} {text}: must be above 0 and at most 100%")
     return amount
 
 
@@ -193,34 +244,10 @@ def _row_length(checkpoint: Path, config: Any, device: torch.device) -> int:
     return stages[-1].sequence_length if stages else min(row_limit(config), MAX_ROW_TOKENS[device.type])
 
 
-def _documents(source: Path, text_field: str, reader: Reader | str) -> Iterator[tuple[Kept, float]]:
-    """The documents, in order, each with the share that has been read."""
-    if is_prepared(source):
-        corpus = Corpus.open(source)
-        for (text, share), facts in zip(decoded(corpus, corpus.train), corpus.train.documents(), strict=True):
-            yield Kept(str(facts.get("id", "")), text, facts.get("metadata", {})), share
-        return
-    inputs = survey([source], reader)
-    total = sum(one.num_bytes for one in inputs)
-    for document, place in documents(inputs, Fields(text_field)):
-        if not is_blank(document.text):
-            share = (place.done_bytes + place.position.consumed) / max(1, total)
-            yield Kept(document.id, document.text, document.metadata), min(1.0, share)
-
-
-def _size(source: Path, reader: Reader | str) -> tuple[float, str]:
-    """How much there is to read, and in what unit."""
-    if is_prepared(source):
-        return float(Corpus.open(source).train.num_tokens), "tokens"
-    return float(sum(one.num_bytes for one in survey([source], reader))), "bytes"
-
-
-def _ids(
-    source: Path, checkpoint: Path, text_field: str, reader: Reader | str, line: Progress, size: float
-) -> Iterator[Any]:
+def _ids(text: _Text, checkpoint: Path, line: Progress, size: float) -> Iterator[Any]:
     """The ids of each document."""
     cutter = Cutter.of(checkpoint)
-    for document, share in _documents(source, text_field, reader):
+    for document, share in text.documents():
         line.update(share * size)
         yield np.array(cutter.tokenizer.encode(document.text, add_special_tokens=False).ids, np.int64)
 

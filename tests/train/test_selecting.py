@@ -13,7 +13,9 @@ import torch
 from perennial.core import lineage as lineages
 from perennial.core.errors import UserError
 from perennial.core.lineage import newest_checkpoint
+from perennial.data.corpus import Corpus
 from perennial.model.huggingface import load_model
+from perennial.train import around_the_run, selecting
 from perennial.train.continuing import continue_run
 from perennial.train.document_loss import document_losses
 from perennial.train.recipe import parse_recipe
@@ -74,6 +76,50 @@ def test_the_likeliest_documents_of_a_corpus_or_a_text(workspace: Any, model: Pa
     for keep in ("0%", "120%", "some"):
         with pytest.raises(UserError, match="--keep"):
             select(workspace.new, model, tmp_path / "x.jsonl", keep=keep, quiet=True)
+
+
+def test_a_part_is_drawn_at_random_and_only_that_is_read(
+    workspace: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "_FEWEST_DRAWN", 5)
+    whole = select(workspace.new, model, tmp_path / "all.jsonl", keep="100%", quiet=True)
+    few = select(workspace.new, model, tmp_path / "few.jsonl", keep="100%", of="20%", quiet=True)
+    again = select(workspace.new, model, tmp_path / "again.jsonl", keep="100%", of="20%", quiet=True)
+    assert 0.2 * whole["tokens"] <= few["tokens"] < 0.4 * whole["tokens"]
+    assert (tmp_path / "few.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+    assert again["documents"] == few["documents"] < whole["documents"]
+    rows = [json.loads(line) for line in (tmp_path / "few.jsonl").read_text(encoding="utf-8").splitlines()]
+    known = {row["id"]: row for row in map(json.loads, (tmp_path / "all.jsonl").read_text("utf-8").splitlines())}
+    for row in rows:  # the loss of a document does not depend on what is read beside it; bf16 sums differ by batch
+        assert row["nats_per_token"] == pytest.approx(known[row["id"]]["nats_per_token"], rel=1e-2)
+    monkeypatch.setattr(selecting, "_FEWEST_DRAWN", 9)
+    assert select(workspace.new, model, tmp_path / "9.jsonl", of="1 tokens", quiet=True)["documents"] == 9
+    with pytest.raises(UserError, match="--of 20%: belongs to a prepared corpus"):
+        select(workspace.new_text, model, tmp_path / "raw.jsonl", of="20%", quiet=True)
+    with pytest.raises(UserError, match="--of 0%"):
+        select(workspace.new, model, tmp_path / "x.jsonl", of="0%", quiet=True)
+
+
+def test_a_short_update_does_not_wait_for_a_long_corpus(
+    workspace: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "_FEWEST_DRAWN", 30)
+    monkeypatch.setattr(around_the_run, "CHOSEN_OF", 1.2)
+    known = {row["id"] for row in Corpus.open(workspace.new).train.documents()}
+    told: dict[str, Any] = {"replay": "0%", "validation": "10%", "dry_run": True, "quiet": True}
+    data = {"new": workspace.new}
+    continue_run(model, data, budget="1K tokens", out=tmp_path / "in parts", how="curriculum", **told)
+    texts = [path.read_text(encoding="utf-8") for path in (tmp_path / "in parts/corpora").glob("*.jsonl")]
+    divided = {json.loads(line)["id"] for text in texts for line in text.splitlines()}
+    assert len(texts) == 3
+    assert len(divided) == 30
+    assert divided < known
+    told["settings"] = ["stages.0.max_epochs=99"]
+    continue_run(model, data, budget="60K tokens", out=tmp_path / "best", how="stability_gap", **told)
+    text = (tmp_path / "best/corpora/new-best.jsonl").read_text(encoding="utf-8")
+    chosen = [json.loads(line)["nats_per_token"] for line in text.splitlines()]
+    best = select(workspace.new, model, tmp_path / "best of all.jsonl", keep="15K tokens", quiet=True)
+    assert max(chosen) > best["highest"]  # the likeliest of a sixth more text than is kept, not of all
 
 
 def test_stability_gap_trains_on_the_likeliest_part(workspace: Any, model: Path, tmp_path: Path) -> None:
