@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from perennial.bench.continual_checks import Check, all_checks
+from perennial.bench.continual_checks import PRESUME_A_SHIFT, Check, all_checks
 from perennial.bench.continual_grid import Grid, Node, alone, needed, nodes_of
 from perennial.bench.continual_measures import Measured, Results, measure
 from perennial.bench.continual_plan import PEAKS, pair_runs, stream_runs, sweep
@@ -104,7 +104,11 @@ def run_experiment(experiment: Experiment, *, say: Callable[[str], None] = print
         (text, size, seed, nodes_of(_runs(text, scale), scale, text.shift.name, text.corpora, experiment.work))
         for (text, size, seed, scale) in scales
     ]
-    chosen = needed([node for *_, nodes in placed for node in nodes.values()], experiment.checks)
+    chosen = []
+    for text, *_, nodes in placed:
+        has_shift = text.shift.kind != "none"
+        checks = [c for c in experiment.checks if has_shift or c not in PRESUME_A_SHIFT]
+        chosen += needed(list(nodes.values()), checks)
     grid = Grid(chosen, experiment.work, experiment.quiet, say)
     if complete and not experiment.only_list:
         complete = grid.run(until=until)

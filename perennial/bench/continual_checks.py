@@ -83,11 +83,15 @@ def judged(
     return Check(letter, shift, statement, verdict, sure, effect, wanted, paper)
 
 
+PRESUME_A_SHIFT = frozenset("abcfhj")
+"""Checks that mean nothing where old and new text are of one kind: an update forgets nothing there."""
+
+
 def all_checks(results: Sequence[Results]) -> list[Check]:
     """Every check on every shift and size that it applies to, in the order of the letters."""
     pairs = [r for r in results if r.kind != "stream"]
-    checks = [check for r in pairs for check in _of_pair(r)]
-    checks += [*_strong_against_weak(pairs), *_across_sizes(pairs)]
+    checks = [c for r in pairs for c in _of_pair(r) if r.kind != "none" or c.letter not in PRESUME_A_SHIFT]
+    checks += [*_strong_against_weak(pairs), *_across_sizes([r for r in pairs if r.kind != "none"])]
     checks += [check for r in pairs for check in _bar(r)]
     checks += [check for r in results if r.kind == "stream" for check in _stream(r)]
     return sorted(checks, key=lambda check: (len(check.letter), check.letter))

@@ -322,6 +322,12 @@ def test_verdicts_follow_the_numbers() -> None:
     assert of(all_checks([results(**{"replay-1": (5.9, 3.0)})]), "a", "1 % replay").verdict == FAIL
 
 
+def test_without_a_shift_nothing_is_judged_that_presumes_one() -> None:
+    letters = {check.letter for check in all_checks([results("none", **{"bar-default-50": (5.0, 3.1)})])}
+    assert letters == {"d", "e", "g", "i", "bar"}
+    assert letters | {"a", "b", "f", "h"} == {c.letter for c in all_checks([results(**{"bar-default-50": (5.0, 3.1)})])}
+
+
 def test_checks_that_were_not_run_are_one_sentence() -> None:
     checks = [c for c in all_checks([results()]) if c.letter in ("a", "g", "h")]
     lines = checks_text(checks).splitlines()
