@@ -1,6 +1,6 @@
 """Soak: real training with a fault every so often, against the same training left alone. Nothing may differ at the end.
 
-    python benchmarks/soak.py [--minutes 10] [--processes 2] [--every 60] [--seed 0] [--json FILE]
+    python benchmarks/soak.py [--minutes 10] [--together] [--processes 2] [--every 60] [--seed 0] [--json FILE]
 
 Trains a small model on this Python's documentation under `torchrun --max-restarts`, once undisturbed and once while
 faults strike, in rounds that hold each kind once, in random order:
@@ -13,9 +13,10 @@ faults strike, in rounds that hold each kind once, in random order:
     missing shard       a shard of the corpus has another name for a while, or loses its second half
 
 A fault waits until training goes on after the one before. The harness repairs nothing but what it did itself (it makes
-room again, puts the shard back) and starts the command again when that has ended, as a cluster's queue does. Then it
-compares: weights and optimizer state to the bit, every update's loss once and equal, the tokens drawn from the corpus,
-the checkpoints' own checksums, and that nothing was left behind.
+room again, puts the shard back) and starts the command again when that has ended, as a cluster's queue does. With
+`--together` both runs train at once: a soak of two hours takes two hours. Then it compares: weights and optimizer state
+to the bit, every update's loss once and equal, the tokens drawn from the corpus, the checkpoints' own checksums, and
+that nothing was left behind.
 
 The run lies on a file system of its own in memory, in a private mount namespace that ends with this program; where
 that is not permitted, a limit on the size of files (prlimit) stands in for a full disk. Needs Linux. Exit code 1: the
@@ -42,6 +43,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,11 +119,15 @@ class Job:
     log: Path
     starts: int = 0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    ended: bool = False
+    """The harness has to end: nothing is started any more."""
     codes: list[int] = field(default_factory=list)
     """Exit codes of torchrun."""
 
     def ensure(self) -> bool:
-        """Starts the command when it is not running; False when the run is complete."""
+        """Starts the command when it is not running; False when the run is complete, or was ended."""
+        if self.ended:
+            return False
         if self.process is not None:
             code = self.process.poll()
             if code is None:
@@ -157,6 +163,7 @@ class Job:
 
     def end(self) -> None:
         """Kills everything, for when the harness itself has to end."""
+        self.ended = True
         if self.process is not None and self.process.poll() is None:
             for pid in [*self.ranks().values(), self.process.pid]:
                 with contextlib.suppress(ProcessLookupError):
@@ -364,13 +371,13 @@ def write_recipe(path: Path, corpus: Path, size: dict[str, Any], *, updates: int
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
-def undisturbed(job: Job, line: Progress, total_tokens: int) -> float:
+def undisturbed(job: Job, line: Progress | None, total_tokens: int) -> float:
     """Runs the job to its end; its updates per second."""
     watched = Watched(job.run)
     while job.ensure():
         time.sleep(0.2)
         watched.look()
-        if watched.seen:
+        if watched.seen and line is not None:
             line(watched.position, total_tokens, "undisturbed")
         if job.starts > 1:
             raise SystemExit(f"the undisturbed run failed; see {job.log}:\n{tail(job.log)}")
@@ -541,6 +548,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="of the disturbed run, about (default: 10)")
+    parser.add_argument("--together", action="store_true", help="train the undisturbed run at the same time")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--every", type=float, default=60.0, help="seconds from one fault to the next (default: 60)")
     parser.add_argument("--strikes", type=int, help="so many faults in all instead, spread evenly over the run")
@@ -566,14 +574,18 @@ def soak(args: argparse.Namespace, work: Path, disk: Path | None) -> dict[str, A
         write_recipe(recipe, corpus, size, updates=100, save_every=50)
         speed = undisturbed(Job(work / "speed", recipe, args.processes, work / "speed.log"), line, 100 * tokens)
         training_share = max(0.3, 1 - 0.7 * STARTING_SECONDS / args.every)
-        updates = max(100, round(speed * seconds * training_share))
+        updates = max(100, round(speed * seconds * training_share / (2 if args.together else 1)))
     parts = seconds / args.every if args.strikes is None else args.strikes + 1
     save_every = max(1, round(updates / max(4, 3 * parts)))
     hold = args.every / 3
     recipe = work / "recipe.yaml"
     write_recipe(recipe, corpus, size, updates=updates, save_every=save_every)
     line.note(f"{updates} updates of {tokens} tokens, saved every {save_every}, on {args.processes} processes")
-    reference = Job(work / "reference", recipe, args.processes, work / "reference.log")
+    own = recipe
+    if args.together:  # a shard that is missing is missing to one of the two
+        own = work / "alone.yaml"
+        write_recipe(own, shutil.copytree(corpus, work / "alone"), size, updates=updates, save_every=save_every)
+    reference = Job(work / "reference", own, args.processes, work / "reference.log")
     job = Job((disk or work) / "run", recipe, args.processes, work / "run.log")
     record: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k not in ("json", "keep")}}
     record |= {"updates": updates, "save_every": save_every, "full_disk": "tmpfs" if disk else "RLIMIT_FSIZE"}
@@ -582,21 +594,28 @@ def soak(args: argparse.Namespace, work: Path, disk: Path | None) -> dict[str, A
     def note(fault: Fault) -> None:
         line.note(f"{human_seconds(fault.at_seconds)}: {fault.kind} ({fault.detail})")
         record["faults"].append(asdict(fault))
+        if alone.done():
+            alone.result()  # raises what went wrong there, now and not after hours
         if args.json:
             write_json(args.json, record)
 
+    pool = ThreadPoolExecutor(1)
     try:
-        record["undisturbed_updates_per_second"] = round(undisturbed(reference, line, updates * tokens), 2)
+        alone = pool.submit(undisturbed, reference, None if args.together else line, updates * tokens)
+        if not args.together:
+            alone.result()
         chance = random.Random(args.seed)
         struck, wall = disturbed(
             job, Faults(job, corpus, disk, chance), kinds=in_rounds(chance, args.faults),
             timetable=Timetable(args.every, 2 * seconds, args.strikes), hold=hold, line=line,
             total_tokens=updates * tokens, note=note,
         )  # fmt: skip
+        record["undisturbed_updates_per_second"] = round(alone.result(), 2)
     finally:
         line.close()
         job.end()
         reference.end()
+        pool.shutdown()
         if args.keep and job.run.exists():
             shutil.copytree(job.run, args.keep / "run", dirs_exist_ok=True)
             shutil.copy(job.log, args.keep / "run.log")
