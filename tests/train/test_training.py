@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from perennial.core.errors import TrainingStopped, UserError
 from perennial.core.lineage import newest_checkpoint
 from perennial.core.patience import Patience, say_nothing
 from perennial.train import checkpoint, tensor_files
+from perennial.train.parallel import clip_gradients
 from perennial.train.recipe import SpikeSettings, parse_recipe
 from perennial.train.run import start, train
 from perennial.train.session import Session
@@ -454,3 +456,15 @@ def test_when_every_checkpoint_is_damaged_the_run_begins_again(workspace: Any, s
 def test_the_events_of_a_run_are_plain_json(straight: Path) -> None:
     for line in (straight / "events.jsonl").read_text().splitlines():
         assert json.loads(line)["event"]
+
+
+@pytest.mark.parametrize(("size", "limit"), [(1e-3, 1.0), (3.0, 1.0), (3.0, math.inf), (math.nan, 1.0)])
+def test_gradients_are_clipped_as_by_torch_and_left_alone_below_the_limit(size, limit):
+    ours, theirs = [[torch.nn.Parameter(torch.zeros(5, n)) for n in (3, 7)] for _ in range(2)]
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.grad = size * torch.randn(mine.shape, generator=torch.Generator().manual_seed(mine.numel()))
+        other.grad = mine.grad.clone()
+    norm = clip_gradients(ours, limit)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, limit), equal_nan=True, rtol=0, atol=0)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, equal_nan=True, rtol=0, atol=0)
