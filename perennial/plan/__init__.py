@@ -1,1 +1,1 @@
-"""What a run will need before it is started: memory so far."""
+"""A budget in, a recipe with predicted losses, time and memory out. Imports neither torch nor the training."""
