@@ -17,6 +17,7 @@ from perennial.bench.calibration_runs import Setting, Task, all_runs
 from perennial.core.amounts import human, human_seconds
 from perennial.core.errors import UserError
 from perennial.data.corpus import Corpus
+from perennial.evals.shift import Shift
 from perennial.model.config import ModelConfig
 from perennial.model.cost import num_parameters
 from perennial.model.foreign import num_parameters as parameters_of
@@ -141,7 +142,7 @@ def _of_parent(task: Task, parent: Parent, old: dict[str, Path]) -> Setting:
     )
 
 
-def _continuation(setting: Setting, shift: tuple[float, float] | None) -> str:
+def _continuation(setting: Setting, shift: Shift | None) -> str:
     """The way of continuing that would be chosen for the model itself."""
     from perennial.train.continuing import derive
 

@@ -15,6 +15,7 @@ from perennial.bench.calibration_runs import EVALUATION_TOKENS, Setting
 from perennial.core.errors import UserError
 from perennial.core.files import write_json
 from perennial.core.settings import stable_hash
+from perennial.evals.shift import Shift, shift_between
 
 if TYPE_CHECKING:
     from perennial.train.starting import Parent
@@ -71,8 +72,8 @@ def _sample(asked: Mapping[str, object]) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-def losses_before(setting: Setting, parent: Parent | None) -> tuple[tuple[float, float] | None, float | None]:
-    """The model's bits per byte on (old, new) and its old loss, where it is small enough to be evaluated here."""
+def losses_before(setting: Setting, parent: Parent | None) -> tuple[Shift | None, float | None]:
+    """The shift that the model sees, and its old loss in nats per token, where it is small enough for this machine."""
     from perennial.core.environment import memory_bytes
     from perennial.model.foreign import state_bytes
     from perennial.train.measuring import evaluate_checkpoint
@@ -83,12 +84,8 @@ def losses_before(setting: Setting, parent: Parent | None) -> tuple[tuple[float,
     found = evaluate_checkpoint(
         parent.path, {**setting.old, **setting.task.data}, max_tokens=EVALUATION_TOKENS, sequence_length=setting.length
     )["corpora"]
-
-    def mean(names: Mapping[str, Path], measure: str) -> float:
-        return sum(float(found[name][measure]) for name in names) / len(names)
-
-    shift = (mean(setting.old, "bits_per_byte"), mean(setting.task.data, "bits_per_byte"))
-    return shift, mean(setting.old, "nats_per_token")
+    old_before = sum(float(found[name]["nats_per_token"]) for name in setting.old) / len(setting.old)
+    return shift_between(found, setting.old, setting.task.data), old_before
 
 
 def noise_of(bases: Sequence[Path], setting: Setting) -> float | None:

@@ -18,6 +18,7 @@ from perennial.core.amounts import human, human_seconds
 from perennial.core.errors import UserError
 from perennial.core.files import read_json, write_json
 from perennial.core.progress import Progress
+from perennial.evals.shift import Shift, shift_between
 
 PEAK = 1e-2
 """Learning rate of the base and of retraining; chosen by benchmarks/demo_rate.py at the demo's scale (see LOG.md)."""
@@ -184,12 +185,12 @@ def _update_recipe(
     return {**derived.recipe.model_dump(mode="json", exclude_unset=True), **rest}, derived.header()
 
 
-def _shift(base: Path) -> tuple[float, float]:
-    """The base's bits per byte on (old, new), from its own records."""
+def _shift(base: Path) -> Shift:
+    """The base's losses on old and new, from its own records."""
     from perennial.core.records import read
 
     corpora = read(base / "events.jsonl", "evaluation")[-1]["corpora"]
-    return corpora["old"]["bits_per_byte"], corpora["new"]["bits_per_byte"]
+    return shift_between(corpora, ["old"], ["new"])
 
 
 def _same_demo(demo: Demo) -> None:

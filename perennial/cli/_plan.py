@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from perennial.evals.shift import Shift
     from perennial.plan.budgets import Budget
     from perennial.plan.calibration import Calibration
     from perennial.plan.devices import Device
@@ -32,8 +33,8 @@ class Asked:
     share: str | None
     args: argparse.Namespace
     calibration: Calibration | None
-    shift: tuple[float, float] | None = None
-    """The checkpoint's bits per byte on (the old, the new) text, where that was measured."""
+    shift: Shift | None = None
+    """The checkpoint's losses on the old and the new text, where they were measured."""
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -129,7 +130,7 @@ def plan_for(args: argparse.Namespace) -> Plan:
         calibration=asked.calibration,
         ledger=read(Path(args.ledger)) if args.ledger else (),
         law=LawFile(Path(args.laws).name, load(Path(args.laws))) if args.laws else None,
-        kind=_kind(asked.shift),
+        kind=asked.shift.kind if asked.shift else "unknown",
         with_energy=args.energy,
     )
 
@@ -146,7 +147,7 @@ def here(calibration: Calibration | None) -> Device:
     return measured(speed.flops_per_second, source)
 
 
-def _shift(asked: Asked, budget: Budget) -> tuple[float, float] | None:
+def _shift(asked: Asked, budget: Budget) -> Shift | None:
     """As the calibration has it, or measured now, as `continue` does, when that was asked for.
 
     Raises UserError where there is nothing to measure on.
@@ -163,12 +164,13 @@ def _shift(asked: Asked, budget: Budget) -> tuple[float, float] | None:
     made = derived(asked, f"{_tokens(asked, budget):.15g} tokens", None, None, None)
     if raw := [name for name, path in given.items() if not is_prepared(path)]:
         raise UserError(f"--measure-shift: corpus '{raw[0]}' is raw text; run `perennial prepare` on it first")
-    old = old_data(made, given, place(asked.args)[0]) or asked.stand_ins
-    if not old:
+    old = old_data(made, given, place(asked.args)[0])
+    found = measured_shift(asked.checkpoint, old, asked.stand_ins, asked.data, made.recipe.batch.sequence_length)
+    if found is None:
         raise UserError(
             "--measure-shift: no old text was found where the lineage has it, nor named: --replay NAME=PATH names it"
         )
-    return measured_shift(asked.checkpoint, old, asked.data, made.recipe.batch.sequence_length)
+    return found
 
 
 def _tokens(asked: Asked, budget: Budget) -> float:
@@ -183,15 +185,6 @@ def _row_length(parent: Parent) -> int:
     """Tokens in a row of the parent's last stage; of a model from elsewhere at most 1024."""
     stages = parent.lineage.stages
     return stages[-1].sequence_length if stages else min(1024, parent.config.context or 1024)
-
-
-def _kind(shift: tuple[float, float] | None) -> str:
-    """Of the shift, as far as it was measured."""
-    from perennial.train.shift import STRONG_SHIFT
-
-    if shift is None:
-        return "unknown"
-    return "strong" if shift[1] / shift[0] > STRONG_SHIFT else "weak"
 
 
 def facts_of(asked: Asked, budget: Budget) -> Facts:

@@ -16,6 +16,7 @@ import numpy as np
 from perennial.core.errors import UserError
 from perennial.core.files import read_json, write_json
 from perennial.core.settings import Settings, check, raise_problems
+from perennial.evals.shift import Shift
 from perennial.plan.transfer import NOISE
 
 FORMAT = 1
@@ -68,8 +69,8 @@ class Calibration(Settings):
     """Name -> fingerprint of the corpora, new and old."""
     continuation: str | None = None
     """The way of continuing that the updates were made in."""
-    shift: tuple[float, float] | None = None
-    """The checkpoint's bits per byte on (the old, the new) text."""
+    shift: Shift | None = None
+    """The checkpoint's losses on the old and the new text."""
     old_before: float | None = None
     """The checkpoint's own loss on the old text, nats per token."""
     runs: list[MeasuredRun]

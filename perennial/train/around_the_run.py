@@ -24,24 +24,26 @@ corpus may be thousands of times as long as its update.
 
 
 def best_part(
-    checkpoint: Path, fresh: Mapping[str, Path], share: float | None, how: Mapping[str, Any]
+    checkpoint: Path, fresh: Mapping[str, Path], kept: float | None, how: Mapping[str, Any]
 ) -> dict[str, Path]:
-    """The part of each new corpus that the parent finds likeliest, prepared in the run folder; all without a `share`.
+    """The `kept` tokens of each new corpus that the parent finds likeliest, prepared in the run folder.
 
-    It is chosen from `CHOSEN_OF` times its tokens, drawn at random. how: further arguments of `prepared`. What an
-    earlier call has chosen is taken as it is.
+    They are chosen from `CHOSEN_OF` times as many, drawn at random; a corpus that has no more than `kept` tokens, or
+    without that number, is taken whole. how: further arguments of `prepared`. What an earlier call has chosen is taken
+    as it is.
     """
-    if share is None:
-        return dict(fresh)
     from perennial.train.selecting import select
 
     parts = {}
     for name, path in fresh.items():
+        size = Corpus.open(path).train.num_tokens
+        if kept is None or kept >= size:
+            parts[name] = path
+            continue
         text = how["out"] / "corpora" / f"{name}-best.jsonl"
         if not text.exists():
-            kept = max(1, round(share * Corpus.open(path).train.num_tokens))
-            of = f"{min(1.0, CHOSEN_OF * share):.6%}"
-            select(path, checkpoint, text, keep=f"{kept} tokens", of=of, quiet=how["quiet"])
+            of = f"{min(1.0, CHOSEN_OF * kept / size):.6%}"
+            select(path, checkpoint, text, keep=f"{max(1, round(kept))} tokens", of=of, quiet=how["quiet"])
         parts[f"{name}-best"] = _prepared_part(f"{name}-best", text, path, how)
     return parts
 

@@ -11,8 +11,6 @@ from perennial.core import plugins
 from perennial.core.amounts import human
 from perennial.core.errors import UserError, nearest
 from perennial.train.continuations.base import Continuation, Situation, stands_on_trunk
-from perennial.train.continuations.data_bound import MOST_EPOCHS
-from perennial.train.shift import STRONG_SHIFT
 
 KIND = "continuations"
 
@@ -92,7 +90,7 @@ def _by_budget(situation: Situation) -> tuple[str, str, str]:
     lineage = situation.lineage
     share, epochs, number = situation.tokens / lineage.tokens, situation.epochs, len(lineage.runs())
     decayed = f"The parent was left at {lineage.rate:.3g}, {lineage.rate / lineage.peak:.0%} of its peak"
-    if epochs is not None and MAX_EPOCHS < epochs <= MOST_EPOCHS:
+    if epochs is not None and epochs > MAX_EPOCHS:
         words = f"{decayed}, and the new text is short for the budget, so repeating it has to be made safe."
         return "data_bound", words, f", more than the {MAX_EPOCHS:g} that come free; a strong weight decay is set"
     if number >= MANY_UPDATES:
@@ -105,21 +103,22 @@ def _by_budget(situation: Situation) -> tuple[str, str, str]:
 
 def _is_weak(situation: Situation) -> bool:
     """Whether the shift was measured and is weak."""
-    return situation.shift is not None and situation.shift[1] / situation.shift[0] <= STRONG_SHIFT
+    return situation.shift is not None and situation.shift.kind == "weak"
 
 
 def _shift(situation: Situation) -> str:
-    replay = f"{situation.replay:.0%} of every batch is old data" if situation.replay else "no old data is replayed"
+    replay = f"{situation.replay:.0%} of what is read is old data" if situation.replay else "no old data is replayed"
     if situation.shift is None:
         return f"The shift was not measured; {replay}."
-    ratio = situation.shift[1] / situation.shift[0]
-    kind = "weak" if _is_weak(situation) else "strong"
-    return f"The shift is {kind} (ratio {ratio:.2f}); {replay}."
+    return f"The shift is {situation.shift.kind} (ratio {situation.shift.ratio:.2f}); {replay}."
 
 
 def _size(situation: Situation) -> str:
-    tokens, epochs = situation.tokens, situation.epochs
-    if math.isnan(tokens):
+    if math.isnan(situation.tokens):
         return f"The update is {situation.budget}"
-    words = f"The update is {human(tokens, 'tokens')}, {tokens / situation.lineage.tokens:.3g} of what the parent saw"
-    return words + (f", {epochs:.2g} passes over the new text" if epochs is not None else "")
+    whole = math.ceil(situation.tokens / situation.batch_tokens - 1e-9) * situation.batch_tokens
+    words = f"The update is {human(whole, 'tokens')}, {whole / situation.lineage.tokens:.3g} of what the parent saw"
+    if situation.epochs is None:
+        return words
+    of = "the shortest new text" if len(situation.fresh) > 1 else "the new text"
+    return words + f", {situation.epochs * whole / situation.tokens:.2g} passes over {of}"

@@ -27,6 +27,7 @@ from perennial.core.lineage import read as read_lineage
 from perennial.core.progress import Progress
 from perennial.core.settings import override
 from perennial.data.corpus import Corpus
+from perennial.evals.shift import Shift
 from perennial.model import foreign
 from perennial.model.foreign import TransformersConfig, num_parameters
 from perennial.train import choosing, origin
@@ -36,7 +37,7 @@ from perennial.train.corpora import old_corpora
 from perennial.train.given_data import check_given, is_prepared, prepared_data
 from perennial.train.origin import ESTIMATE, WARNING, Manner
 from perennial.train.recipe import REPLAY, ParentFacts, Recipe, fewest_rows, parse_recipe, read
-from perennial.train.shift import measured_shift, replay_share
+from perennial.train.shift import known_already, measured_shift, replay_share
 from perennial.train.starting import Parent, read_parent
 
 
@@ -51,7 +52,7 @@ class Derived:
     """Name of the way of continuing, which was asked for or chosen."""
     component: Continuation | None = None
     """That way itself; None for a recipe that is no continuation of new text."""
-    subset_share: float | None = None
+    kept_tokens: float | None = None
     """How much of the new text it keeps, where it keeps a part; None: all of it, or not known yet."""
     command: str = "continue"
     """The command that derived it."""
@@ -89,7 +90,7 @@ def derive(
     facts: ParentFacts | None = None,
     settings: Sequence[str] = (),
     micro_batch: int | None = None,
-    shift: Callable[[], tuple[float, float] | None] | None = None,
+    shift: Callable[[], Shift | None] | None = None,
 ) -> Derived:
     """The recipe that continues `checkpoint` on prepared corpora `data` for `budget` ('2B tokens', '3 h', ...).
 
@@ -98,7 +99,7 @@ def derive(
     (None: chosen by lineage, shift and budget); schedule: a synonym of `how`; also_measured: further corpora whose
     losses are followed; objective: of every stage, in the place of the way's own; facts: what is known of a parent that
     Perennial did not train; settings: 'key=value' texts that change the derived recipe; micro_batch: what was chosen
-    before by the memory that was free then; shift: measures the parent's bits per byte on (old, new). Raises UserError.
+    before by the memory that was free then; shift: measures the parent's losses on old and new. Raises UserError.
     """
     facts, stand_ins = facts or ParentFacts(), stand_ins or {}
     _check_names(data, stand_ins)
@@ -118,6 +119,7 @@ def derive(
         assert lineage.origin is not None
         tokens = origin.budget_tokens(amount, lineage.origin.parameters, f"--tokens {budget!r}")
         manner, why = origin.first_manner(parent.config, tokens, origin.this_machine(), micro_batch=micro_batch)
+    reasons += known_already(data, parent)
     sizes = _training_tokens(data)
     is_chosen = how is None and schedule is None
     measure = shift if is_chosen or replay is None else None  # what nothing depends on is not measured
@@ -167,7 +169,7 @@ def derive(
     reasons += [*why, *(f"set by the user: {assignment}" for assignment in settings)]
     final = parse_recipe(override(recipe, list(settings)), source="derived recipe")
     foreign.check_rows(parent.config, final.batch.sequence_length, "batch.sequence_length", "; lower it")
-    return Derived(final, parent, reasons, name_of_way, continuation, continuation.subset_share(situation))
+    return Derived(final, parent, reasons, name_of_way, continuation, continuation.kept_tokens(situation))
 
 
 def _planned(given: Any, situation: Situation, reasons: list[str]) -> tuple[str, Continuation, Planned]:
@@ -341,7 +343,7 @@ def continue_run(
         if selects:
             whole = derive(checkpoint, fresh, stand_ins=replayed, budget=budget, base=base, name=name, **choices)
             choices["also_measured"] = fresh
-            fresh = best_part(checkpoint, fresh, whole.subset_share, {**how, "against": known})
+            fresh = best_part(checkpoint, fresh, whole.kept_tokens, {**how, "against": known})
         elif arrangement:
             budgets = [stage.budget for stage in asked.recipe.stages]
             read = sum(b.value for b in budgets) if all(b.unit == "tokens" for b in budgets) else None
@@ -354,7 +356,7 @@ def continue_run(
             budget=budget,
             base=base,
             name=name,
-            shift=lambda: measured_shift(checkpoint, old or replayed, fresh, asked.recipe.batch.sequence_length),
+            shift=lambda: measured_shift(checkpoint, old, replayed, fresh, asked.recipe.batch.sequence_length),
             **choices,
         )
         if is_main and not dry_run:

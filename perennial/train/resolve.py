@@ -28,6 +28,9 @@ from perennial.train.stage_parts import pull_of, stage_data
 from perennial.train.stage_sources import check_repetition, pull_sources, stage_sources
 from perennial.train.starting import Parent, new_model, read_parent
 
+MOST_TOKENS = 2.0**53
+"""Of a stage: what a float counts exactly."""
+
 
 def resolve(
     recipe: Recipe, *, base: Path, precision: str, measure: Callable[[AnyConfig, Recipe], float] | None = None
@@ -132,7 +135,13 @@ def _resolve_stage(
     forward = {model.name: model.flops_per_token for model in models}
     spent = per_token + share_read * sum(forward[name] for name in objective.checkpoints())
     update_tokens = (stage.sequences or recipe.batch.sequences) * recipe.batch.sequence_length
-    updates = max(1, math.ceil(_budget_tokens(stage, spent, speed) / update_tokens - 1e-9))
+    wanted = _budget_tokens(stage, spent, speed)
+    if wanted > MOST_TOKENS:
+        raise UserError(
+            f"stage '{stage.name}': a budget of {stage.budget} is {wanted:.3g} tokens, more than the {MOST_TOKENS:.0e} "
+            "that can be counted"
+        )
+    updates = max(1, math.ceil(wanted / update_tokens - 1e-9))
     tokens = updates * update_tokens
     try:
         rates = [schedule.rate(u * update_tokens, tokens) for u in _sampled(updates)]

@@ -7,15 +7,11 @@ from pathlib import Path
 
 from perennial.core.amounts import parse
 from perennial.core.errors import UserError
+from perennial.data.corpus import Corpus
+from perennial.evals.shift import STRONG_SHIFT, Shift, shift_between
 from perennial.train import origin
+from perennial.train.given_data import is_prepared
 from perennial.train.starting import Parent
-
-STRONG_SHIFT = 1.25
-"""Ratio of the parent's bits per byte on the new data to those on its own above which a shift counts as strong.
-
-Assumption: Ibrahim et al. call Pile -> SlimPajama weak, where a model of the Pile has 2.70 and 2.17 nats per token, a
-ratio of 1.24; what shifts further than that gets the replay of a strong shift.
-"""
 
 WEAK_REPLAY, STRONG_REPLAY = 0.05, 0.4
 """Replay shares for a weak and a strong shift.
@@ -30,9 +26,9 @@ def replay_share(
     replay: str | None,
     parent: Parent,
     stand_ins: Mapping[str, Path],
-    shift: Callable[[], tuple[float, float] | None] | None,
+    shift: Callable[[], Shift | None] | None,
     reasons: list[str],
-) -> tuple[float, tuple[float, float] | None, str]:
+) -> tuple[float, Shift | None, str]:
     """The share of old data, the measured shift, and why the share is what it is; warnings go to `reasons`."""
     begun_as = parent.lineage.origin.name if parent.lineage.origin else None
     if begun_as and not stand_ins and not any(c.get("stands_in") for c in parent.lineage.corpora.values()):
@@ -57,26 +53,36 @@ def replay_share(
     if measured is None:
         reason = f"replay {WEAK_REPLAY:.0%}: the shift was not measured; {WEAK_REPLAY:.0%} suits a weak one"
         return WEAK_REPLAY, None, reason
-    old, new = measured
-    strong = new / old > STRONG_SHIFT
-    share = STRONG_REPLAY if strong else WEAK_REPLAY
+    share = STRONG_REPLAY if measured.kind == "strong" else WEAK_REPLAY
+    own = "the stand-in" if measured.on_stand_in else "its own"
     return (
         share,
         measured,
-        f"replay {share:.0%}: the parent has {new:.3f} bits per byte on the new data and {old:.3f} on "
-        f"{'the stand-in' if stand_ins and not parent.lineage.stages else 'its own'}, a "
-        f"{'strong' if strong else 'weak'} shift (ratio {new / old:.2f}, strong above {STRONG_SHIFT})",
+        f"replay {share:.0%}: the parent has {measured.new:.3f} {measured.unit} on the new data and {measured.old:.3f} "
+        f"on {own}, a {measured.kind} shift (ratio {measured.ratio:.2f}, strong above {STRONG_SHIFT})",
     )
 
 
+def known_already(data: Mapping[str, Path], parent: Parent) -> list[str]:
+    """Warnings for new corpora that the parent was trained on under another name: `data` are prepared, or raw text."""
+    names = {facts["fingerprint"]: name for name, facts in parent.lineage.corpora.items()}
+    found = {name: names.get(Corpus.open(path).fingerprint) for name, path in data.items() if is_prepared(path)}
+    return [
+        f"{origin.WARNING}'{name}' is what the parent was trained on as '{known}', so nothing in it is new; with "
+        f"--data {known}={data[name]} the rows that it has not seen come first"
+        for name, known in found.items()
+        if known not in (None, name)
+    ]
+
+
 def measured_shift(
-    checkpoint: Path, old: Mapping[str, Path], new: Mapping[str, Path], length: int
-) -> tuple[float, float] | None:
-    """The parent's bits per byte on its own and on the new corpora (means), or None when its own cannot be read."""
+    checkpoint: Path, old: Mapping[str, Path], stand_ins: Mapping[str, Path], new: Mapping[str, Path], length: int
+) -> Shift | None:
+    """The parent's losses on its own corpora, or where none can be read on stand-ins, and on the new; None without."""
     from perennial.train.measuring import evaluate_checkpoint
 
-    if not old:
+    known = old or stand_ins
+    if not known:
         return None
-    corpora = evaluate_checkpoint(checkpoint, {**old, **new}, max_tokens=32768, sequence_length=length)["corpora"]
-    means = [sum(corpora[n]["bits_per_byte"] for n in names) / len(names) for names in (old, new)]
-    return means[0], means[1]
+    corpora = evaluate_checkpoint(checkpoint, {**known, **new}, max_tokens=32768, sequence_length=length)["corpora"]
+    return shift_between(corpora, known, new, on_stand_in=not old)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from perennial.core.errors import UserError
+from perennial.evals.shift import Shift
 from perennial.model.config import ModelConfig
 from perennial.model.cost import flops_per_token
 from perennial.plan import published
@@ -256,7 +257,7 @@ def calibrated(noise: float = 0.0) -> Calibration:
         checkpoint="c" * 16,
         corpora={"old": "a", "new": "b"},
         continuation="rewarm",
-        shift=(2.0, 4.5),
+        shift=Shift(2.0, 4.5),
         old_before=4.5,
         runs=runs,
         speed=speed,

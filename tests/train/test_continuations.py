@@ -14,6 +14,7 @@ from perennial.core import plugins
 from perennial.core.amounts import parse
 from perennial.core.errors import UserError
 from perennial.core.lineage import Lineage, StageRecord, newest_checkpoint
+from perennial.evals.shift import Shift
 from perennial.train.choosing import choose, named
 from perennial.train.continuations.base import PEAK_EXPONENT, Situation, stands_on_trunk
 from perennial.train.continuations.data_bound import strong_decay
@@ -62,7 +63,7 @@ def situation(*stages: StageRecord, budget: str = "500K tokens", **changes: Any)
         "budget": parse(budget),
         "fresh": ("new",),
         "replay": 0.25,
-        "shift": (2.0, 4.0),
+        "shift": Shift(2.0, 4.0),
         "parameters": 1e6,
         "batch_tokens": 1000,
         "batch_rows": 8,
@@ -192,14 +193,14 @@ def test_data_bound_decays_by_its_law_and_one_epoch_stops() -> None:
     [stage] = plan("data_bound", at)
     assert stage["optimizer"]["weight_decay"] == 3.2
     assert stage["max_epochs"] == 16
-    with pytest.raises(UserError, match="80.0 passes"):
+    with pytest.raises(UserError, match=r"80\.0 passes .* lower --tokens to 200000 tokens, .* max_epochs: 80\}"):
         plan("data_bound", replace(at, fresh_tokens=1e4))
     [stage] = plan("one_epoch", at)
     assert parse(stage["budget"]).value == 125_000
 
 
 def test_the_choice_follows_lineage_shift_and_budget_in_three_sentences() -> None:
-    weak = (2.0, 2.2)
+    weak = Shift(2.0, 2.2)
     many = [record(COSINE, run=str(i)) for i in range(6)]
     cases = [
         (situation(), "rewarm"),
@@ -209,6 +210,7 @@ def test_the_choice_follows_lineage_shift_and_budget_in_three_sentences() -> Non
         (situation(TRUNK, peak=5e-4), "rewarm"),
         (situation(record({"name": "constant", "peak": LEFT})), "rewarm"),
         (situation(fresh_tokens=5e4), "data_bound"),
+        (situation(fresh=("long", "short"), fresh_tokens=2e5, fresh_shares=(0.9, 0.1)), "data_bound"),
         (situation(*many), "meta_schedule"),
         (situation(budget="20K tokens", shift=weak), "reuse"),
         (situation(budget="20K tokens"), "rewarm"),
@@ -220,6 +222,19 @@ def test_the_choice_follows_lineage_shift_and_budget_in_three_sentences() -> Non
         assert why.startswith(f"recipe {name}: ")
         assert why.count(". ") == 2, why
         named(name, "--recipe")[1].plan(at)
+
+
+def test_passes_are_those_over_the_corpus_that_is_repeated_most() -> None:
+    at = situation(budget="100K tokens", fresh=("long", "short"), fresh_tokens=1e5, fresh_shares=(0.8, 0.2), replay=0.2)
+    assert at.mixture() == {"long": 0.4, "short": 0.4, "replay": 0.2}
+    assert at.epochs == pytest.approx(100e3 * 0.4 / 20e3)
+    assert "2 passes over the shortest new text" in choose(at)[1]
+    kept = named("stability_gap", "--recipe")[1].kept_tokens(at)
+    assert kept == pytest.approx(100e3 * 0.4 / 4), "of each corpus alike, as they are drawn"
+
+
+def test_the_sentence_on_the_size_tells_what_will_be_trained() -> None:
+    assert "The update is 1K tokens, 0.001 of what the parent saw" in choose(situation(budget="1 tokens"))[1]
 
 
 def test_a_trunk_is_told_by_where_its_rate_stands() -> None:

@@ -13,6 +13,7 @@ import yaml
 from perennial.core import lineage, records
 from perennial.core.errors import UserError
 from perennial.core.lineage import newest_checkpoint
+from perennial.evals.shift import Shift
 from perennial.train.continuations.base import PEAK_EXPONENT
 from perennial.train.continuing import continue_run, derive
 from perennial.train.measuring import evaluate_checkpoint
@@ -55,7 +56,7 @@ def test_the_derived_recipe_follows_the_lineage(workspace: Any, base: Path) -> N
         budget="30720 tokens",
         base=Path(),
         name="update",
-        shift=lambda: (2.0, 4.0),
+        shift=lambda: Shift(2.0, 4.0),
     )
     stage = derived.recipe.stages[0]
     assert stage.schedule["peak"] == pytest.approx(parent.peak * 0.5**PEAK_EXPONENT, rel=1e-5)
@@ -63,10 +64,28 @@ def test_the_derived_recipe_follows_the_lineage(workspace: Any, base: Path) -> N
     assert stage.schedule["final"] == pytest.approx(parent.rate)
     assert stage.mixture == {"new": 0.6, "replay": 0.4}
     weak = derive(
-        checkpoint, {"new": workspace.new}, budget="1K tokens", base=Path(), name="u", shift=lambda: (2.0, 2.2)
+        checkpoint, {"new": workspace.new}, budget="1K tokens", base=Path(), name="u", shift=lambda: Shift(2.0, 2.2)
     )
     assert weak.recipe.stages[0].mixture == {"new": 0.95, "replay": 0.05}
     assert weak.recipe.stages[0].schedule["peak"] >= parent.rate
+
+
+def test_a_budget_beyond_counting_is_one_error(workspace: Any, base: Path) -> None:
+    for budget in ("1e30 tokens", "1e40 FLOPs"):
+        derived = derive(
+            newest_checkpoint(base), {"new": workspace.new}, budget=budget, base=Path(), name="u", how="rewarm"
+        )
+        with pytest.raises(UserError, match=r"a budget of .* tokens, more than the 9e\+15 that can be counted"):
+            resolve(derived.recipe, base=Path(), precision="fp32")
+
+
+def test_new_data_that_are_the_old_under_another_name_are_told(workspace: Any, base: Path) -> None:
+    told: dict[str, Any] = {"budget": "10K tokens", "base": Path(), "name": "u", "replay": "0%"}
+    [warning] = [r for r in derive(newest_checkpoint(base), {"fresh": workspace.old}, **told).reasons if "warning" in r]
+    assert "'fresh' is what the parent was trained on as 'old'" in warning
+    assert not any(
+        "nothing in it is new" in r for r in derive(newest_checkpoint(base), {"old": workspace.old}, **told).reasons
+    )
 
 
 def test_the_child_remembers_both_runs(workspace: Any, base: Path, tmp_path: Path) -> None:

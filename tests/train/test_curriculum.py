@@ -187,7 +187,10 @@ def test_parts_of_a_corpus_hold_some_of_it_out(workspace: Any, model: Path, tmp_
         "text_field": "text",
         "validation": "5%",
     }
-    found = best_part(how["checkpoint"], {"many": tmp_path / "many"}, 0.5, {**how, "against": [], "quiet": True})
+    many, options = tmp_path / "many", {**how, "against": [], "quiet": True}
+    tokens = Corpus.open(many).train.num_tokens
+    assert best_part(how["checkpoint"], {"many": many}, tokens, options) == {"many": many}, "it has no more"
+    found = best_part(how["checkpoint"], {"many": many}, 0.5 * tokens, options)
     splits = Corpus.open(found["many-best"]).manifest["splits"]
     share = splits["validation"]["documents"] / (splits["train"]["documents"] + splits["validation"]["documents"])
     assert 0.02 < share < 0.09

@@ -16,6 +16,7 @@ from perennial.core import lineage
 from perennial.core.errors import UserError
 from perennial.core.files import verify_manifest, write_manifest
 from perennial.core.lineage import newest_checkpoint
+from perennial.evals.shift import Shift
 from perennial.model.card import BEGIN, front_matter
 from perennial.model.inspection import weights_id
 from perennial.report.comparison import compare
@@ -86,7 +87,7 @@ def short(workspace: Any, parent: Path, **choices: Any) -> Any:
 
 
 def test_the_recipe_of_a_first_update(workspace: Any, foreign: Path) -> None:
-    derived = short(workspace, foreign, stand_ins={"old": workspace.old}, shift=lambda: (2.0, 4.0))
+    derived = short(workspace, foreign, stand_ins={"old": workspace.old}, shift=lambda: Shift(2.0, 4.0))
     recipe = derived.recipe
     assert recipe.stages[0].mixture == {"new": 0.6, "old": 0.4}
     assert recipe.stand_ins == ["old"]

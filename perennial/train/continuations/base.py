@@ -19,6 +19,7 @@ from perennial.core.amounts import Amount, human, parse
 from perennial.core.errors import UserError
 from perennial.core.lineage import Lineage
 from perennial.core.settings import Settings
+from perennial.evals.shift import Shift
 from perennial.schedules.base import level
 from perennial.train import origin
 from perennial.train.recipe import REPLAY
@@ -54,8 +55,8 @@ class Situation:
     """Share of old data in every batch."""
     stand_ins: tuple[str, ...] = ()
     """Names of corpora that stand for the old data; empty: what the lineage says was consumed."""
-    shift: tuple[float, float] | None = None
-    """The parent's bits per byte on (its own, the new) data; None: not measured."""
+    shift: Shift | None = None
+    """The parent's losses on its own and on the new data; None: not measured."""
     peak: float | None = None
     """The highest learning rate that was asked for."""
     parameters: float = 0.0
@@ -84,10 +85,11 @@ class Situation:
 
     @property
     def epochs(self) -> float | None:
-        """Passes over the new corpora that the update makes; None while that is not known."""
+        """Passes over the new corpus that is repeated most, as they are drawn alike; None while that is not known."""
         if not self.fresh_tokens or math.isnan(self.tokens):
             return None
-        return self.tokens * (1 - self.replay) / self.fresh_tokens
+        shortest = min(self.fresh_shares, default=1 / len(self.fresh)) * self.fresh_tokens
+        return self.tokens * (1 - self.replay) / len(self.fresh) / shortest
 
     def mixture(self, replay: float | None = None, fresh: Sequence[str] | None = None) -> dict[str, float]:
         """Shares of the new corpora and of the old data; `replay`, `fresh`: others than the situation's."""
@@ -146,7 +148,7 @@ class Continuation(Settings, ABC):
     ON_TRUNK: ClassVar[bool] = False
     """Whether it goes on from before a decay branch, where that checkpoint is still there."""
     SELECTS: ClassVar[bool] = False
-    """Whether it takes only a part of the new text, `subset_share` of it."""
+    """Whether it takes only a part of the new text, `kept_tokens` of each corpus."""
     AVERAGES: ClassVar[bool] = False
     """Whether the finished run is averaged with its parent."""
 
@@ -154,8 +156,8 @@ class Continuation(Settings, ABC):
     def plan(self, situation: Situation) -> Planned:
         """The stages. Raises UserError when the situation does not allow this way of continuing."""
 
-    def subset_share(self, situation: Situation) -> float | None:
-        """The share of the new documents to keep, those that the parent finds likeliest; None: all of them."""
+    def kept_tokens(self, situation: Situation) -> float | None:
+        """Tokens of each new corpus to keep, of the documents that the parent finds likeliest; None: all of them."""
         return None
 
     def arrangement(self) -> Arrangement | None:

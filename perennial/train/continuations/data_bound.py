@@ -11,6 +11,7 @@ Limits: decay pulls towards zero, not towards the parent: at a high rate over ma
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -52,9 +53,11 @@ class DataBound(Continuation):
             decay, why = self.weight_decay, "asked for"
         epochs = situation.epochs
         if epochs is not None and epochs > self.max_epochs:
+            most = f"{int(situation.tokens * self.max_epochs / epochs)} tokens"
             raise UserError(
                 f"{situation.option} data_bound: the budget asks for {epochs:.1f} passes over the new text, at most "
-                f"{self.max_epochs:g} are worth it; lower --tokens, or give more text"
+                f"{self.max_epochs:g} are worth it; lower --tokens to {most}, give more text, or take "
+                f"--recipe '{{name: data_bound, max_epochs: {math.ceil(epochs)}}}'"
             )
         made = stage(UPDATE, str(situation.budget), situation.mixture(), schedule)
         made |= {"optimizer": with_decay(situation.optimizer, decay), "max_epochs": self.max_epochs}

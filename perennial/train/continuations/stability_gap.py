@@ -46,11 +46,10 @@ class StabilityGap(Continuation):
         kept = f"{self.epochs:g} passes over the documents that the parent finds likeliest"
         return Planned([made], [*reasons, f"stability_gap: {kept}, with {replay:.3g} of old data"])
 
-    def subset_share(self, situation: Situation) -> float | None:
-        if situation.fresh_tokens is None or math.isnan(situation.tokens):
+    def kept_tokens(self, situation: Situation) -> float | None:
+        if math.isnan(situation.tokens):
             return None
-        share = situation.tokens * (1 - self._replay(situation)) / self.epochs / situation.fresh_tokens
-        return share if share < 1 else None
+        return situation.tokens * (1 - self._replay(situation)) / self.epochs / len(situation.fresh)
 
     def _replay(self, situation: Situation) -> float:
         return max(situation.replay, self.replay.value) if situation.replay else 0.0
