@@ -74,6 +74,10 @@ class Choice:
     """On the peak learning rate of the rule."""
     how: str | None = None
     """Name of the continuation; None: as `continue` would."""
+    tokens_bound: str = ""
+    """What keeps the tokens below what the budget pays for; empty: nothing."""
+    share_bound: str = ""
+    """What keeps the share of old text below what was best; empty: nothing."""
 
 
 @dataclass(frozen=True)

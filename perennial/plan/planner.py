@@ -73,6 +73,9 @@ def make_plan(
         )
     chosen = share if share is not None else best_share(known, affordable, has_old)
     tokens = _limited(facts, affordable, chosen or 0.0, warnings)
+    tokens_bound, share_bound = "", ""
+    if tokens < affordable:
+        tokens_bound = f"{published.MOST_EPOCHS:g} passes over the new text; {budget.text!r} pays for more"
     most = most_replay(facts, tokens)
     if share is None and has_old and most < (published.SHARES[2] if chosen is None else chosen):
         chosen = most
@@ -80,8 +83,9 @@ def make_plan(
             f"{most:.2%} old text is the most: beyond it what the model has seen would be read more than "
             f"{published.FREE_EPOCHS:g} times; name more old text with --replay NAME=PATH"
         )
+        share_bound = f"what the model has seen, read {published.FREE_EPOCHS:g} times: more was not worth it"
     factor = known.peak.factor if known.peak else 1.0
-    choice = Choice(tokens, chosen, factor, how)
+    choice = Choice(tokens, chosen, factor, how, tokens_bound, share_bound)
     made = draft(choice)
     within = _within_time(facts, budget, made)
     if within < made.tokens:

@@ -36,7 +36,7 @@ def numbers_of(
 ) -> list[Number]:
     """Every number of the plan with its source."""
     rows = [
-        *_text_rows(known, budget, made),
+        *_text_rows(known, budget, made, choice),
         *(
             []
             if known.new_model
@@ -50,7 +50,7 @@ def numbers_of(
     return [Number(*row) for row in rows]
 
 
-def _text_rows(known: Knowledge, budget: Budget, made: Draft) -> list[_Row]:
+def _text_rows(known: Knowledge, budget: Budget, made: Draft, choice: Choice) -> list[_Row]:
     """Size of the model, and what it reads."""
     facts, new = known.facts, known.new_model
     size: tuple[Kind, str] = (new.kind, new.size_source) if new else ("counted", "configuration")
@@ -61,7 +61,9 @@ def _text_rows(known: Knowledge, budget: Budget, made: Draft) -> list[_Row]:
     for text in facts.texts:
         kind: Kind = "assumed" if text.is_estimate else "counted"
         rows.append((f"unique tokens of {text.name}", text.tokens, "", kind, text.basis))
-    rows.append(("tokens", float(made.tokens), "", "given", f"budget {budget.text!r}, in whole updates"))
+    given: tuple[Kind, str] = ("given", f"budget {budget.text!r}, in whole updates")
+    bound: tuple[Kind, str] = ("published", f"{choice.tokens_bound} ({published.REPEAT_SOURCE})")
+    rows.append(("tokens", float(made.tokens), "", *(bound if choice.tokens_bound else given)))
     for name in dict.fromkeys(name for stage in made.stages for name in stage.drawn):
         drawn = sum(stage.drawn.get(name, 0.0) for stage in made.stages)
         passes = sum(stage.epochs.get(name, 0.0) for stage in made.stages)
@@ -154,6 +156,8 @@ def _reason(made: Draft, word: str, otherwise: str = "as before") -> str:
 def _share_source(known: Knowledge, made: Draft, choice: Choice, share: float | None) -> tuple[Kind, str]:
     if share is not None:
         return "given", "asked for with --replay"
+    if choice.share_bound:
+        return "published", f"{choice.share_bound} ({published.REPEAT_SOURCE})"
     if choice.share is not None and known.laws.old is not None:
         return "own runs", f"lowest mean of old and new loss by the laws of {known.laws.old.num_runs} runs"
     return "published", f"{made.share_reason} (Ibrahim et al. 2024, arXiv 2403.08763; strong: arXiv 2503.05029)"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perennial.core import lineage as lineages
+from perennial.core import plugins
 from perennial.core.amounts import human, human_bytes, human_seconds
 from perennial.core.clock import Clock
 from perennial.core.environment import environment, package_version
@@ -124,6 +125,9 @@ class Session:
         check_memory(config, world)
         if text := memory_advice.warning(resolved, world, config):
             self.console.note(text)
+        if self.communication.trains_apart and self.replicas.number == 1:
+            name = plugins.name_of(self.communication)
+            self.console.note(f"communication {name}: one worker alone, with no other to meet; its rounds still count")
         self.records = Recorder(folder / "events.jsonl" if world.is_main else None)
         self._board: Any = None
         self.settled = 0.0

@@ -441,9 +441,21 @@ def test_too_many_passes_are_not_planned() -> None:
     plan = make_plan(known, budget("800M tokens"), drafter(known, []), share=0.25)
     assert plan.draft.tokens == pytest.approx(16 * 1e5 / 0.75, rel=0.01)
     assert any("worth nothing" in line for line in plan.warnings)
+    sources = {number.name: (number.kind, number.source) for number in plan.numbers}
+    assert sources["tokens"][0] == "published"
+    assert sources["tokens"][1].startswith("16 passes over the new text; '800M tokens' pays for more")
     few = make_plan(known, budget("800K tokens"), drafter(known, []), share=0.0)
+    assert {number.name: number.kind for number in few.numbers}["tokens"] == "given"
     assert few.draft.tokens == pytest.approx(8e5, rel=0.01)
     assert any("8.0 passes over the new text" in line for line in few.warnings)
+
+
+def test_a_share_that_the_old_text_bounds_is_not_called_asked_for() -> None:
+    known = facts(texts=(Text("new", 4e6, False, "manifest"), Text("old", 3e3, True, "manifest")))
+    plan = make_plan(known, budget(), drafter(known, []))
+    (share,) = (number for number in plan.numbers if number.name == "share of old text")
+    assert share.kind == "published"
+    assert share.source.startswith("what the model has seen, read 4 times: more was not worth it")
 
 
 @pytest.mark.parametrize(

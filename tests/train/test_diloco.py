@@ -97,8 +97,9 @@ def test_a_checkpoint_is_of_the_last_round(runs: Path) -> None:
         assert torch.allclose(mean, (own[0][name] + own[1][name]) / 2), name
 
 
-def test_another_number_of_workers_goes_on_from_the_last_round(runs: Path) -> None:
-    result = train(runs / "apart then one", quiet=True)
+def test_another_number_of_workers_goes_on_from_the_last_round(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train(runs / "apart then one")
+    assert "communication diloco: one worker alone, with no other to meet" in capsys.readouterr().err
     assert result["complete"]
     losses = [e["loss"] for e in events(runs / "apart then one", "train")]
     assert losses[:4] == [e["loss"] for e in events(runs / "apart", "train")][:4]
