@@ -2,7 +2,7 @@
 
     python benchmarks/diloco.py [--work FOLDER] [--records FOLDER] [--workers 2] [--seeds 1]
         [--updates 1500] [--sequences 4] [--peak 1e-3] [--optimizer adamw] [--outer 0.7:0.5 1:0 ...]
-        [--rates 1 2 ...] [--corpora FOLDER]
+        [--rates 1 2 ...] [--corpora FOLDER] [--options width=64 layers=2 ...]
 
 On the demo's corpora (documentation and source code of this Python installation): a base from random weights on the
 old corpus, and its continuation on the new one with replay as `perennial continue` derives it; each with every_update
@@ -28,6 +28,8 @@ LENGTH = 128
 BAR = 0.01
 USUAL_INNER = 30
 """Updates of a round, which names of runs leave out."""
+MOST_EPOCHS = 16
+"""Passes over the old corpus that the base may make; both sides make the same."""
 SUMMED = "every_update"
 
 
@@ -83,11 +85,12 @@ def base_recipe(corpora: dict[str, Path], arguments: argparse.Namespace, seed: i
         "mixture": {"old": "100%"},
         "schedule": {"name": "cosine", "peak": arguments.peak, "final": arguments.peak / 10, "warmup": "5%"},
         "optimizer": arguments.optimizer,
+        "max_epochs": MOST_EPOCHS,
     }
     return {
         "name": "base",
         "seed": seed,
-        "model": {"preset": arguments.preset},
+        "model": {"preset": arguments.preset, **({"options": _options(arguments)} if arguments.options else {})},
         "corpora": {"old": str(corpora["old"])},
         "stages": [stage],
         "batch": batch,
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument("--optimizer", default="adamw", help="of both sides; the continuation takes the base's")
     parser.add_argument("--inner", type=int, default=USUAL_INNER, help="updates of a round")
     parser.add_argument("--preset", default="1m")
+    parser.add_argument("--options", nargs="*", default=[], metavar="KEY=N", help="of the model, beside --preset")
     parser.add_argument("--outer", nargs="*", default=[], metavar="RATE:MOMENTUM")
     parser.add_argument("--rates", nargs="*", type=float, default=[1.0], metavar="FACTOR", help="1 must be among them")
     parser.add_argument("--tasks", nargs="*", default=["base", "continued"], choices=["base", "continued"])
@@ -198,6 +202,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         setting = f"{arguments.workers}-workers-{arguments.updates}x{arguments.sequences}-peak-{arguments.peak:g}"
         setting += "" if arguments.optimizer == "adamw" else f"-{arguments.optimizer}"
+        setting += "".join(f"-{option.replace('=', '-')}" for option in sorted(arguments.options))
         folder = arguments.work / setting / f"seed{seed}"
         for task in arguments.tasks:
             base = folder / "base" / SUMMED
@@ -220,6 +225,11 @@ def main() -> None:
         arguments.records.mkdir(parents=True, exist_ok=True)
         (arguments.records / "summary.md").write_text(text, encoding="utf-8")
         (arguments.records / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, int]:
+    """The model's options as numbers by name."""
+    return {key: int(value) for key, _, value in (option.partition("=") for option in arguments.options)}
 
 
 def _from_one(rate: float) -> float:
