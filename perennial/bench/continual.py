@@ -25,7 +25,8 @@ from perennial.core.errors import UserError
 CHECKS = (*"abcdefghij", "bar", "stream", "table")
 """What can be asked for: the checks by letter, the bar on pairs and on streams, and the table of all recipes."""
 STRONG_RATIO = 2.2
-"""Bits per byte on the new text over those on the old above which a shift of one's own counts as strong.
+"""The base's loss on the new text over that on the old, in bits per byte or nats per token, whichever is the higher
+ratio, above which a shift of one's own counts as strong.
 
 Assumption: between 2.1 (English novels to Python proposals) and 2.4 (to German novels), measured with 1.5 M parameters
 and a tokenizer of the old text (records/2026-11-21_continual); only the expectations of checks c and e hang on it.
@@ -205,9 +206,12 @@ def _results(prepared: Sequence[Prepared], sizes: Sequence[str], nodes: Sequence
 
 
 def _kind(text: Prepared, runs: dict[str, dict[int, Measured]]) -> str:
-    """Strong or weak: as known beforehand, else by the base's bits per byte on the new text over the old."""
+    """Strong or weak: as known beforehand, else by the base's loss on the new text over the old."""
     if text.shift.kind != "measured":
         return text.shift.kind
     old, new = list(text.corpora)
-    ratios = [base.bits_per_byte[new] / base.bits_per_byte[old] for base in runs.get("base", {}).values()]
+    ratios = [
+        max(losses[new] / losses[old] for losses in (base.bits_per_byte, base.after))
+        for base in runs.get("base", {}).values()
+    ]
     return "strong" if ratios and sum(ratios) / len(ratios) > STRONG_RATIO else "weak"
