@@ -50,7 +50,8 @@ def fit(args: argparse.Namespace) -> Result:
         "identifiable": fitted.identifiable,
         "reason": fitted.reason,
     }
-    lines = [f"{table.source}: {table.summary}", *words.flag_lines(table.flags), "", *words.law_lines(fitted)]
+    lines = [f"{table.source}: {table.summary}", words.column_line(table.mapped), *words.flag_lines(table.flags)]
+    lines += ["", *words.law_lines(fitted)]
     if args.out:
         law_file.save(Path(args.out), fitted, table={"source": Path(table.source).name, "rows": len(table)})
         lines += ["", f"written to {args.out}"]

@@ -6,7 +6,7 @@ rates before, are rows with the name of a run, or one file each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from perennial.core.errors import UserError
 from perennial.scaling.curves import CURVE, RATE, STEP, with_rates
 from perennial.scaling.laws.base import Input, Law
-from perennial.scaling.reading import Records, shown
+from perennial.scaling.reading import Place, Records, shown
 from perennial.scaling.table import SIZES, Flag, RunTable, check_sizes, is_of_runs
 
 _FRACTIONS = ("share",)
@@ -79,8 +79,10 @@ class LawTable:
             for name, place in places.items()
         }
         curves = columns.get(CURVE.name, np.full(len(records.rows), ""))
-        table = cls(columns, records.numbers, (), records.source, shown(places), curves)
-        table = table._without_gaps([i.name for i in needed])
+        rivals = records.rivals(places, mappings, [name for name in places if name not in _LABELS])
+        flags = tuple(Flag(None, "other column", text, False) for text in rivals)
+        table = cls(columns, records.numbers, flags, records.source, shown(places), curves)
+        table = table._without_gaps([i.name for i in needed], records, places)
         for i in needed:
             if i.name in table.columns:
                 table._check(i)
@@ -114,12 +116,14 @@ class LawTable:
         flags = (*self.flags, *flags)
         return replace(self, columns=columns, rows=self.rows[mask], curves=self.curves[mask], flags=flags)
 
-    def _without_gaps(self, needed: Sequence[str]) -> LawTable:
-        numbers = [self.columns[name] for name in needed if name not in _LABELS and name in self.columns]
-        good = np.all([np.isfinite(values) for values in numbers], axis=0)
+    def _without_gaps(self, needed: Sequence[str], records: Records, places: Mapping[str, Place]) -> LawTable:
+        names = [name for name in needed if name not in _LABELS and name in self.columns]
+        good = np.all([np.isfinite(self.columns[name]) for name in names], axis=0)
         if not good.any():
             raise UserError(f"{self.source}: no row has a number in each of {', '.join(self.mapped.values())}")
-        return self._keep(good, [Flag(int(r), "gap", "a cell is empty", True) for r in self.rows[~good]])
+        read = [places[name][0] for name in names]
+        flags = [Flag(r, "gap", records.gap(r, read, "a cell is empty"), True) for r in self.rows[~good].tolist()]
+        return self._keep(good, flags)
 
     def _without_twins(self, records: Records) -> LawTable:
         """Without rows that repeat another in every column of the file, read or not."""

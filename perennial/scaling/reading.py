@@ -1,4 +1,4 @@
-"""Rows of CSV, JSON or JSONL files, and columns of them by meaning: usual names found, others mapped, units applied.
+"""Columns of tables by meaning: usual names found, others mapped, units applied, doubts told.
 
 A mapping reads NAME=COLUMN or NAME=COLUMN:UNIT, such as 'parameters=n_params:M' (millions) or 'loss=val:bits'. Columns
 that bear a usual name are found without one. Cells such as '1.4B' count as well.
@@ -6,11 +6,9 @@ that bear a usual name are found without one. Cells such as '1.4B' count as well
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from perennial.core.errors import UserError, nearest
+from perennial.scaling.table_file import read_records
 
 FILE = "file"
 """Column that says which of several files a row came from; found under no other name."""
@@ -58,6 +57,8 @@ UNITS = {
 _SHOWN_COLUMNS = 12
 _SHOWN_LIKELY = 3
 _LONG_WORD = 4  # letters; shorter ones stand in other words by chance
+_ROUNDING = 0.005  # what three digits leave open, at most
+_MULTIPLIED = re.compile(r"\s*(\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d._]+(?:[eE][+-]?\d+)?)\s*([KkMBGT])\s*\w*\s*")
 
 Place = tuple[str, str]
 """(column, unit) that holds a meaning."""
@@ -89,26 +90,66 @@ class Records:
     def places(self, mappings: Sequence[str], meanings: Iterable[str]) -> dict[str, Place]:
         """Where each meaning that is there stands: as mapped, else under a usual name. Raises UserError."""
         wanted = list(meanings)
-        mapped = dict(self._mapped(text, wanted) for text in mappings)
+        mapped: dict[str, Place] = {}
+        for text in mappings:
+            meaning, place = self._mapped(text, wanted)
+            if meaning in mapped:
+                raise UserError(f"--column {text!r}: '{meaning}' is mapped already, to '{mapped[meaning][0]}'; say one")
+            mapped[meaning] = place
         taken = {name for name, _ in mapped.values()}
-        by_case = {name.strip().lower(): name for name in self.names if name not in taken}
         found = {}
         for meaning in wanted:
-            usual = (by_case[a] for a in (meaning.lower(), *ALIASES.get(meaning, ())) if a in by_case)
-            if (name := next(usual, None)) is not None:
+            if (name := next((name for name in self._usual(meaning) if name not in taken), None)) is not None:
                 found[meaning] = (name, "")
         return {**found, **mapped}
+
+    def rivals(self, places: Mapping[str, Place], mappings: Sequence[str], meanings: Iterable[str]) -> list[str]:
+        """What to say of columns that bear a usual name of what was found under another, and hold other numbers."""
+        mapped, taken = {text.partition("=")[0] for text in mappings}, {name for name, _ in places.values()}
+        said = []
+        for meaning in (name for name in meanings if name in places and name not in mapped):
+            found, values = places[meaning][0], self.numbers_of(places[meaning])
+            for name in (name for name in self._usual(meaning) if name not in taken):
+                try:
+                    others = self.numbers_of((name, ""))
+                except UserError:
+                    continue  # texts, such as a size of 'small'
+                with np.errstate(invalid="ignore"):  # infinities, which are left out later
+                    differ = int((np.abs(others - values) > _ROUNDING * np.abs(values)).sum())
+                if differ:
+                    said.append(
+                        f"'{name}' differs from '{found}', which was read as {meaning}, in {differ} of "
+                        f"{len(values)} rows; choose with --column {meaning}={found} or --column {meaning}={name}"
+                    )
+        return said
 
     def numbers_of(self, place: Place) -> np.ndarray:
         """A column as float64 in natural units, shape (rows,); empty cells are NaN. Raises UserError."""
         name, unit = place
         scale = UNITS[unit] if unit in UNITS else float(unit)
-        each = [self._number(row.get(name), name, n) for row, n in zip(self.rows, self.numbers.tolist(), strict=True)]
-        return np.array(each) * scale
+        values = []
+        for number, row in zip(self.numbers.tolist(), self.rows, strict=True):
+            try:
+                value, multiplier = _number(row.get(name))
+            except ValueError:
+                raise UserError(f"{self.source}: row {number}: '{name}' is {row[name]!r}, which is no number") from None
+            if multiplier and scale != 1:
+                raise UserError(
+                    f"{self.source}: row {number}: '{name}' is {row[name]!r}: cells of '{name}' already carry a unit; "
+                    f"say --column without ':{unit}'"
+                )
+            values.append(value * UNITS[multiplier])
+        return np.array(values) * scale
 
     def labels_of(self, place: Place) -> np.ndarray:
         """A column as texts, shape (rows,)."""
         return np.array([str(row.get(place[0], "")) for row in self.rows])
+
+    def gap(self, number: int, columns: Iterable[str], otherwise: str) -> str:
+        """Why a row has no number in one of some columns: that it ends before it, or `otherwise`."""
+        row = self.rows[int(np.searchsorted(self.numbers, number))]
+        missing = next((name for name in columns if row.get(name) is None), None)
+        return otherwise if missing is None else f"the cell of '{missing}' is missing"
 
     def lacks(self, meaning: str, unit: str) -> UserError:
         """The error for a column that is not there, with the nearest name."""
@@ -143,53 +184,15 @@ class Records:
             raise UserError(f"{self.source}: no column '{name}'.{nearest(name, self.names)} Columns: {shown}")
         return meaning, (name, unit)
 
-    def _number(self, value: Any, name: str, row: int) -> float:
-        if value is None or (
-            isinstance(value, str) and value.strip().lower() in ("", "nan", "none", "null", "na", "n/a")
-        ):
-            return math.nan
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-        match = re.fullmatch(r"\s*([\d.,_]+(?:[eE][+-]?\d+)?)\s*([KkMBGT])\s*\w*\s*", str(value))
-        if match is None:
-            raise UserError(f"{self.source}: row {row}: '{name}' is {value!r}, which is no number")
-        return float(match[1].replace(",", "").replace("_", "")) * UNITS[match[2]]
+    def _usual(self, meaning: str) -> list[str]:
+        """Columns that bear a usual name of a meaning, the first choice first."""
+        words = (meaning.lower(), *ALIASES.get(meaning, ()))
+        return [name for word in words for name in self.names if name.strip().lower() == word]
 
 
 def shown(places: dict[str, Place]) -> dict[str, str]:
     """{meaning: 'column:unit'} of what was read."""
     return {name: ":".join(part for part in place if part) for name, place in places.items()}
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV, JSON (a list of objects, or an object of lists) or JSONL file. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        elif path.suffix == ".json":
-            data = json.loads(text)
-            if isinstance(data, dict) and data and all(isinstance(v, list) for v in data.values()):
-                data = [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
-            records = data
-        else:
-            records = list(csv.DictReader(text.splitlines()))
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable table: {error}") from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{path}: must hold a list of rows, each with named columns")
-    if not records:
-        raise UserError(f"{path}: there are no rows in it")
-    return records
 
 
 def _chosen(records: Records, where: Sequence[str]) -> Records:
@@ -202,10 +205,37 @@ def _chosen(records: Records, where: Sequence[str]) -> Records:
         values = {str(row.get(name)) for _, row in numbered if name in row}
         if not values:
             raise UserError(f"{path}: --where {condition!r}: no column '{name}'.{nearest(name, records.names)}")
-        numbered = [(number, row) for number, row in numbered if str(row.get(name)) == value]
+        numbered = [(number, row) for number, row in numbered if _is_same(row.get(name), value)]
         if not numbered:
             raise UserError(
                 f"{path}: --where {condition!r}: no such row; '{name}' is {', '.join(sorted(values)[:8])}."
                 f"{nearest(value, values)}"
             )
     return Records(path, [row for _, row in numbered], np.array([number for number, _ in numbered]))
+
+
+def _is_same(cell: Any, text: str) -> bool:
+    """Whether a cell is what a condition asks for: the same text, or the same number."""
+    try:
+        return str(cell) == text or math.isclose(_value(cell), _value(text), rel_tol=1e-9)
+    except ValueError:
+        return False
+
+
+def _value(cell: Any) -> float:
+    value, multiplier = _number(cell)
+    return value * UNITS[multiplier]
+
+
+def _number(cell: Any) -> tuple[float, str]:
+    """A cell's number and the multiplier after it, '' for none; NaN for an empty cell. ValueError for other texts."""
+    if cell is None or (isinstance(cell, str) and cell.strip().lower() in ("", "nan", "none", "null", "na", "n/a")):
+        return math.nan, ""
+    try:
+        return float(cell), ""
+    except (TypeError, ValueError):
+        pass
+    match = _MULTIPLIED.fullmatch(str(cell))
+    if match is None:
+        raise ValueError(f"no number: {cell!r}")
+    return float(match[1].replace(",", "").replace("_", "")), match[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from perennial.core.errors import UserError
 from perennial.scaling.fitting import fit
 from perennial.scaling.laws.base import Law
 from perennial.scaling.laws.chinchilla import Chinchilla
-from perennial.scaling.reading import Records, shown
+from perennial.scaling.reading import Place, Records, shown
 from perennial.scaling.two_terms import FLOPS_PER_TOKEN_AND_PARAMETER, groups, refusal
 
 SIZES = ("parameters", "tokens", "unique_tokens", "flops")
@@ -29,16 +29,18 @@ _OUTLIER_DEVIATIONS, _OUTLIER_SHARE = 8.0, 0.02
 _OFF_DEVIATIONS, _OFF_SHARE = 3.0, 0.02
 _FEWEST_FOR_CHECKS = 12
 _WORSE_SHARE = 0.02  # far above what repeats of one run differ by
+_OTHER_FLOPS = 2.0  # ways to count the FLOPs of a run, with attention and embeddings or without, rarely differ by more
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Something odd about one row."""
+    """Something odd about one row, or about a column."""
 
-    row: int
-    """As in the file: 1 is the first below the header."""
+    row: int | None
+    """As in the file: 1 is the first below the header. None: of all rows."""
     kind: str
-    """'no loss', 'no size', 'gap', 'duplicate', 'worse', 'under-trained', 'outlier' or 'warm-up'."""
+    """'no loss', 'no size', 'gap', 'duplicate', 'worse', 'under-trained', 'outlier' or 'warm-up'; of all rows 'other
+    column' or 'FLOPs'."""
     text: str
     is_dropped: bool
 
@@ -80,10 +82,15 @@ class RunTable:
             except UserError:
                 if name in needed:
                     raise
-        mapped = shown({name: place for name, place in places.items() if name in columns})
+        unread = {"flops"} if {"parameters", "tokens"} <= columns.keys() else set()
+        read = {name: places[name] for name in (*SIZES, "loss") if name in columns and name not in unread}
         _check_one_domain(columns, records.source)
-        table = cls(columns, records.numbers, (), records.source, mapped)
-        return table._with_losses()._with_sizes(records)._without_twins()._flag_worse(drop)._checked(drop)
+        flags = [Flag(None, "other column", text, False) for text in records.rivals(places, mappings, read)]
+        if unread and "flops" in columns:
+            flags += _other_flops(columns, places)
+        table = cls(columns, records.numbers, tuple(flags), records.source, shown(read))
+        table = table._with_losses(records, places)._with_sizes(records, places)
+        return table._without_twins()._flag_worse(drop)._checked(drop)
 
     def __len__(self) -> int:
         """Rows that are left."""
@@ -103,7 +110,7 @@ class RunTable:
         columns = {name: values[mask] for name, values in self.columns.items()}
         return replace(self, columns=columns, rows=self.rows[mask], flags=(*self.flags, *flags))
 
-    def _with_losses(self) -> RunTable:
+    def _with_losses(self, records: Records, places: Mapping[str, Place]) -> RunTable:
         """Without the rows that have no loss. Raises UserError for a loss of 0 or less."""
         loss = self.columns["loss"]
         wrong = loss <= 0
@@ -111,10 +118,11 @@ class RunTable:
             at = int(np.argmax(wrong))
             raise UserError(f"{self.source}: row {self.rows[at]}: loss {loss[at]:g} must be above 0 nats per token")
         good = np.isfinite(loss)
-        flags = [Flag(int(r), "no loss", "no finite loss", True) for r in self.rows[~good]]
+        column = [places["loss"][0]]
+        flags = [Flag(r, "no loss", records.gap(r, column, "no finite loss"), True) for r in self.rows[~good].tolist()]
         return self._keep(good, flags)
 
-    def _with_sizes(self, records: Records) -> RunTable:
+    def _with_sizes(self, records: Records, places: Mapping[str, Place]) -> RunTable:
         """With the third of parameters, tokens and FLOPs where two are given: C = 6 N D."""
         table, columns = self, dict(self.columns)
         six = FLOPS_PER_TOKEN_AND_PARAMETER
@@ -129,7 +137,9 @@ class RunTable:
         table = replace(table, columns=columns)
         sizes = [n for n in SIZES if n in columns]
         good = np.all([np.isfinite(columns[n]) for n in sizes], axis=0)
-        table = table._keep(good, [Flag(int(r), "no size", "a size is missing", True) for r in self.rows[~good]])
+        read = [places[name][0] for name in sizes if name in self.mapped]
+        gaps = [Flag(r, "no size", records.gap(r, read, "a size is missing"), True) for r in self.rows[~good].tolist()]
+        table = table._keep(good, gaps)
         for name in sizes:
             check_sizes(name, table.columns[name], table.rows, table.mapped.get(name, name), self.source)
         return table
@@ -243,6 +253,18 @@ def _check_one_domain(columns: dict[str, np.ndarray], source: str) -> None:
             f"{source}: losses of {len(domains)} domains ({', '.join(domains[:5])}); "
             "choose one with --where COLUMN=VALUE"
         )
+
+
+def _other_flops(columns: Mapping[str, np.ndarray], places: Mapping[str, Place]) -> list[Flag]:
+    """What to say of FLOPs that are given beside parameters and tokens and are far from 6 N D, which the laws count."""
+    counted = FLOPS_PER_TOKEN_AND_PARAMETER * columns["parameters"] * columns["tokens"]
+    known = (columns["flops"] > 0) & (counted > 0)
+    ratio = float(np.median(columns["flops"][known] / counted[known])) if known.any() else 1.0
+    if 1 / _OTHER_FLOPS <= ratio <= _OTHER_FLOPS:
+        return []
+    size, tokens, flops = (places[name][0] for name in ("parameters", "tokens", "flops"))
+    text = f"'{flops}' is {ratio:.2g} times 6 N D in the median row; read were '{size}' and '{tokens}', not '{flops}'"
+    return [Flag(None, "FLOPs", text, False)]
 
 
 def _is_usable(columns: dict[str, np.ndarray], mask: np.ndarray) -> bool:

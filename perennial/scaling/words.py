@@ -27,12 +27,20 @@ def flag_lines(flags: Sequence[Flag]) -> list[str]:
     lines = []
     for kind in dict.fromkeys(flag.kind for flag in flags):
         mine = [flag for flag in flags if flag.kind == kind]
+        if mine[0].row is None:
+            lines += [f"  {kind}: {flag.text}" for flag in mine]
+            continue
         fate = "left out" if mine[0].is_dropped else "kept"
         rows = "1 row" if len(mine) == 1 else f"{len(mine)} rows"
         lines.append(f"  {kind}, {fate}: {rows}{_ADVICE.get(kind, '') if fate == 'kept' else ''}")
         lines += [f"    row {flag.row}: {flag.text}" for flag in mine[:_SHOWN_FLAGS]]
         lines += [f"    and {len(mine) - _SHOWN_FLAGS} more"] if len(mine) > _SHOWN_FLAGS else []
     return lines
+
+
+def column_line(mapped: Mapping[str, str]) -> str:
+    """Which columns were read as what."""
+    return "columns: " + ", ".join(f"{meaning} = {column}" for meaning, column in mapped.items())
 
 
 def law_lines(fitted: Fit | Blend) -> list[str]:

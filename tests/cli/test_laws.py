@@ -120,6 +120,15 @@ def test_what_is_refused(law: Path, table: Path, tmp_path: Path, capsys: Capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["law.json", "runs.csv"]
 
 
+def test_fit_says_which_columns_it_read(table: Path, capsys: Capsys) -> None:
+    said = ("fit", table, "--column", "parameters=millions:M", "--form", "tied", "--resamples", 20)
+    assert run(*said) == 0
+    assert "\ncolumns: parameters = millions:M, tokens = D, loss = loss\n" in capsys.readouterr().out
+    assert run(*said, "--json") == 0
+    wanted = {"loss": "loss", "parameters": "millions:M", "tokens": "D"}
+    assert json.loads(capsys.readouterr().out)["columns"] == wanted
+
+
 def test_every_law_is_fitted_and_predicts_its_rows(tmp_path: Path, capsys: Capsys) -> None:
     for name, changes in (
         ("steps_to_target", ()),

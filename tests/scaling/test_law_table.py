@@ -55,6 +55,17 @@ def test_one_clear_error(tmp_path: Path, text: str, mappings: tuple[str, ...], w
     assert words in str(caught.value)
 
 
+def test_flags_other_columns_and_short_rows(tmp_path: Path) -> None:
+    path = written(tmp_path / "batch.csv", "steps,batch,bs,loss\n9,1e5,10,3\n5,1e6,20,3\n3,1e7,30,3\n2\n")
+    table = LawTable.read(path, _any("steps_to_target"))
+    assert [(f.row, f.kind) for f in table.flags] == [(None, "other column"), (4, "gap")]
+    assert (
+        "'bs' differs from 'batch', which was read as batch, in 3 of 4 rows; choose with --column batch=batch"
+        in table.flags[0].text
+    )
+    assert table.flags[1].text == "the cell of 'batch' is missing"
+
+
 def test_curves_come_by_file_or_by_name(tmp_path: Path) -> None:
     rows = [
         (step, 1e-3 * min(1.0, step / 30) * (0.5 if step > 60 else 1.0), 4 - step / 100) for step in (10, 30, 50, 90)

@@ -174,7 +174,125 @@ def test_mappings_are_checked(tmp_path: Path, mapping: str, words: str) -> None:
     assert words in error(write(tmp_path / "runs.csv", runs()), mapping)
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.csv", ""), ("a.json", "{"), ("a.jsonl", "[1]\n"), ("a.json", "[]")])
+def test_a_column_is_mapped_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "runs.csv", runs())
+    assert "'parameters' is mapped already, to 'N'" in error(path, "parameters=N", "parameters=D")
+
+
+def test_a_unit_is_applied_once(tmp_path: Path) -> None:
+    columns = {**runs(), "N": ["10M", *runs()["N"][1:]]}
+    said = error(write(tmp_path / "runs.csv", columns), "parameters=N:M")
+    assert "row 1: 'N' is '10M': cells of 'N' already carry a unit; say --column without ':M'" in said
+    RunTable.read(write(tmp_path / "runs.csv", columns), ["parameters=N"])
+
+
+@pytest.mark.parametrize("cell", ["2,5M", "1.2.3M", "1,00,000K"])
+def test_what_could_be_two_numbers_is_none(tmp_path: Path, cell: str) -> None:
+    assert "which is no number" in error(write(tmp_path / "runs.csv", {**runs(), "N": [cell, *runs()["N"][1:]]}))
+
+
+def test_thousands_may_have_commas_before_a_multiplier(tmp_path: Path) -> None:
+    table = RunTable.read(write(tmp_path / "runs.csv", {**runs(), "N": ["1,234M", *runs()["N"][1:]]}))
+    assert table.columns["parameters"][0] == 1.234e9
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_flags_columns_that_might_have_been_meant(tmp_path: Path, ending: str) -> None:
+    columns = runs()
+    more = {
+        **columns,
+        "val_loss": columns["loss"] + 0.1,
+        "test_loss": np.round(columns["loss"], 2),  # the same, rounded
+        "model_size": ["small"] * 30,
+    }
+    table = RunTable.read(write(tmp_path / f"runs{ending}", more))
+    assert [(f.row, f.kind, f.is_dropped) for f in table.flags] == [(None, "other column", False)]
+    assert flag_lines(table.flags) == [
+        "  other column: 'val_loss' differs from 'loss', which was read as loss, in 30 of 30 rows; choose with "
+        "--column loss=loss or --column loss=val_loss"
+    ]
+    assert table.mapped == {"loss": "loss", "parameters": "N", "tokens": "D"}
+    assert not RunTable.read(tmp_path / f"runs{ending}", ["loss=val_loss"]).flags
+
+
+def test_flags_flops_that_are_far_from_those_of_the_laws(tmp_path: Path) -> None:
+    columns = runs()
+    counted = 6 * columns["N"] * columns["D"]
+    assert not RunTable.read(write(tmp_path / "near.csv", {**columns, "C": 1.5 * counted})).flags
+    table = RunTable.read(write(tmp_path / "far.csv", {**columns, "C": 3 * counted, "lr": [1e-3] * 30}))
+    said = "'C' is 3 times 6 N D in the median row; read were 'N' and 'D', not 'C'"
+    assert [(f.row, f.kind, f.text) for f in table.flags] == [(None, "FLOPs", said)]
+    assert list(table.mapped) == ["parameters", "tokens", "loss"]
+    del columns["N"]
+    assert "flops" in RunTable.read(write(tmp_path / "alone.csv", {**columns, "C": counted})).mapped
+
+
+def text_of(columns: dict[str, Any], separator: str, *, comma: bool = False) -> list[str]:
+    rows = [separator.join(map(str, row)) for row in zip(*columns.values(), strict=True)]
+    return [separator.join(columns), *(row.replace(".", ",") if comma else row for row in rows)]
+
+
+@pytest.mark.parametrize(("separator", "comma"), [(",", False), (";", False), (";", True), ("\t", False), ("\t", True)])
+def test_the_heading_says_how_cells_are_separated(tmp_path: Path, separator: str, comma: bool) -> None:
+    columns = {**runs(), "date": ["22/11/2026"] * 30}
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(["# of the first cluster, in nats", "", *text_of(columns, separator, comma=comma)]))
+    table = RunTable.read(path)
+    for name, wanted in (("parameters", "N"), ("tokens", "D"), ("loss", "loss")):
+        np.testing.assert_allclose(table.columns[name], columns[wanted], rtol=1e-12)
+
+
+def test_decimal_commas_that_may_be_something_else_are_refused(tmp_path: Path) -> None:
+    lines = text_of(runs(), ";", comma=True)
+    path = tmp_path / "runs.csv"
+    for cell in ("2.51", "1,000,000", "1.000,5", "1.4B"):
+        path.write_text("\n".join([*lines[:3], f"1e8;1e9;{cell}", *lines[3:]]))
+        said = error(path)
+        assert f"{path}: line 4: 'loss' is '{cell}'" in said
+        assert "all with a decimal comma" in said
+
+
+def test_a_first_column_may_be_named_like_a_comment(tmp_path: Path) -> None:
+    assert len(RunTable.read(write(tmp_path / "runs.csv", {"#": range(30), **runs()}))) == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "N,D,loss,loss\n1e8,1e9,3,4\n", "the heading has column 'loss' twice"),
+        ("a.jsonl", '{"N": 1e8, "loss": 3, "loss": 4}\n', "'loss' is given twice in one object"),
+        ("a.csv", "# note\nN,D,loss\n1e8,1e9,3\n1,000,1e9,3\n", "line 4: 4 cells under 3 columns"),
+    ],
+)
+def test_what_a_reader_might_pass_over(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert words in error(tmp_path / name)
+
+
+def test_says_which_cell_a_short_row_lacks(tmp_path: Path) -> None:
+    path = write(tmp_path / "runs.csv", runs())
+    path.write_text(path.read_text() + "1e8,1e9\n2e8,2e9,\n")
+    assert [(f.row, f.kind, f.text) for f in RunTable.read(path).flags] == [
+        (31, "no loss", "the cell of 'loss' is missing"),
+        (32, "no loss", "no finite loss"),
+    ]
+    path = write(tmp_path / "sizes.csv", {name: runs()[name] for name in ("loss", "N", "D")})
+    path.write_text(path.read_text() + "3,1e8,,\n3,1e8\n")  # one cell more that is empty says nothing
+    assert [(f.kind, f.text) for f in RunTable.read(path).flags] == [
+        ("no size", "a size is missing"),
+        ("no size", "the cell of 'D' is missing"),
+    ]
+
+
+@pytest.mark.parametrize("condition", ["replica=1e1", "replica=10", "replica=0.01K"])
+def test_numbers_are_chosen_as_numbers(tmp_path: Path, condition: str) -> None:
+    path = write(tmp_path / "runs.csv", {**runs(), "replica": [10.0, "x", ""] * 10})
+    assert RunTable.read(path, where=[condition]).rows.tolist() == list(range(1, 31, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", ""), ("a.csv", "# N\n"), ("a.json", "{"), ("a.jsonl", "[1]\n"), ("a.json", "[]")]
+)
 def test_what_is_no_table(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     assert name in error(tmp_path / name)
