@@ -11,6 +11,7 @@ import numpy as np
 
 from perennial.core import plugins
 from perennial.core.errors import UserError
+from perennial.core.files import check_place
 from perennial.core.progress import Progress
 from perennial.core.settings import override
 from perennial.scaling import asking, law_file, words
@@ -34,7 +35,11 @@ def fit(args: argparse.Namespace) -> Result:
         asking.check_choice(option, value, allowed)
     if args.resamples < 20:
         raise UserError(f"--resamples {args.resamples}: an interval takes 20 or more")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must be 0 or more")
     paths = [Path(path) for path in args.tables]
+    if args.out is not None:
+        law_file.check_place(Path(args.out), paths)
     law = None if args.form == "auto" else asking.build(args.form, args.set)
     table = read_for(law, paths, args.columns, where=args.where, drop=args.drop)
     with Progress("fitting", quiet=args.json) as progress:
@@ -52,7 +57,7 @@ def fit(args: argparse.Namespace) -> Result:
     }
     lines = [f"{table.source}: {table.summary}", words.column_line(table.mapped), *words.flag_lines(table.flags)]
     lines += ["", *words.law_lines(fitted)]
-    if args.out:
+    if args.out is not None:
         law_file.save(Path(args.out), fitted, table={"source": Path(table.source).name, "rows": len(table)})
         lines += ["", f"written to {args.out}"]
     return facts, "\n".join(lines)
@@ -76,10 +81,12 @@ def predict(args: argparse.Namespace) -> Result:
 
 
 def _allocate(fitted: Fit | Blend, args: argparse.Namespace) -> Result:
-    if args.params is not None or args.tokens is not None or args.table:
+    if args.params is not None or args.tokens is not None or args.at or args.table:
         raise UserError("say either --params and --tokens, or --table, or --flops, not two of them")
     if not is_of_runs(asking.law_of(fitted)):
         raise UserError(f"{args.law}: --flops needs a law of loss by size and tokens")
+    if args.unique is not None:
+        asking.check_read(asking.law_of(fitted), "unique_tokens", "--unique")
     budget = asking.count("--flops", args.flops)
     assert budget is not None, "asked for"
     found = optimal(
@@ -107,6 +114,7 @@ def plot(args: argparse.Namespace) -> Result:
     """Draws the law, with the rows of a table where one is given."""
     from perennial.scaling.plots import save_plot
 
+    check_place(Path(args.out), [Path(path) for path in (args.law, args.table) if path])
     fitted = law_file.load(Path(args.law))
     read = partial(read_for, asking.law_of(fitted), mappings=args.columns, where=args.where)
     columns = read(Path(args.table)).columns if args.table else None
@@ -116,6 +124,7 @@ def plot(args: argparse.Namespace) -> Result:
 
 def ledger(args: argparse.Namespace) -> Result:
     """Adds finished runs to the ledger."""
+    check_place(Path(args.out))
     added, known = ledgers.add(Path(args.out), [Path(run) for run in args.runs])
     facts = {"ledger": args.out, "added": added, "already_there": known}
     return facts, f"{args.out}: {added} rows added, {known} already there"

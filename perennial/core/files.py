@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def relative_to(path: Path, base: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file so that readers see the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
@@ -58,6 +58,28 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise explain(error, path) from error
+
+
+def check_place(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raises UserError where `write_text` would fail, or write over one of `inputs`: for long work before it."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of the file to write")
+        if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
+            raise UserError(f"{path}: is read as well and would be overwritten; name another file to write")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        temporary = folder / _temporary(path).name
+        temporary.touch()  # rights alone do not tell: the system's own folders refuse what they seem to allow
+        temporary.unlink()
+    except OSError as error:
+        explained = explain(error, path)
+        if isinstance(explained, UserError):
+            raise explained from None
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -51,6 +51,13 @@ def count(option: str, text: str | None) -> float | None:
     return value
 
 
+def check_read(law: Law, name: str, option: str) -> None:
+    """Raises UserError for an option that gives what a law does not read."""
+    names = [i.name for i in law.inputs]
+    if name not in names:
+        raise UserError(f"{option}: this law reads no {name}, but {', '.join(names)}; say --at NAME=VALUE")
+
+
 def inputs(
     fitted: Fit | Blend,
     shortcuts: Mapping[str, tuple[str, str | None]],
@@ -71,11 +78,14 @@ def inputs(
         name, equals, amount = text.partition("=")
         if not equals or name not in names:
             raise UserError(f"--at {text!r} must be NAME=VALUE with one of {', '.join(names)}.{nearest(name, names)}")
+        if name in values:
+            raise UserError(f"--at {text!r}: {name} is given already; say it once")
         values[name] = _amount("--at", amount)
     for name, (option, given) in shortcuts.items():
         if (value := count(option, given)) is not None:
-            if name not in names:
-                raise UserError(f"{option}: this law reads no {name}, but {', '.join(names)}; say --at NAME=VALUE")
+            check_read(law, name, option)
+            if name in values:
+                raise UserError(f"{option} {given} and --at {name}=... both say {name}; say one of them")
             values[name] = value
     if "unique_tokens" in values and "tokens" in values:
         values["unique_tokens"] = min(values["unique_tokens"], values["tokens"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import perennial
-from perennial.core import plugins
+from perennial.core import files, plugins
 from perennial.core.errors import UserError
 from perennial.core.files import read_json, write_json
 from perennial.scaling.choosing import Blend, Member
@@ -23,6 +24,24 @@ def save(path: Path, fitted: Fit | Blend, *, table: dict[str, Any] | None = None
     """Writes a law file, whole or not at all; `table` says what it was fitted to."""
     head = {"format": FORMAT, "version": VERSION, "written_by": f"perennial {perennial.__version__}"}
     write_json(path, {**head, "table": table or {}, "law": to_json(fitted)})
+
+
+def check_place(path: Path, tables: Sequence[Path]) -> None:
+    """Raises UserError where a law cannot be saved, or would overwrite a table or any other file that is no law."""
+    files.check_place(path, tables)
+    if path.exists() and not _may_go(path):
+        raise UserError(f"{path}: is there already and is no law file; name another, or remove it first")
+
+
+def _may_go(path: Path) -> bool:
+    """Whether a file is a law file of any version, or empty."""
+    if not path.is_file():
+        return False
+    try:
+        data = read_json(path) if path.stat().st_size else {"format": FORMAT}
+    except UserError:
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT
 
 
 def load(path: Path) -> Fit | Blend:

@@ -129,6 +129,56 @@ def test_fit_says_which_columns_it_read(table: Path, capsys: Capsys) -> None:
     assert json.loads(capsys.readouterr().out)["columns"] == wanted
 
 
+def test_what_is_contradictory_is_refused(law: Path, table: Path, capsys: Capsys) -> None:
+    asked = ("predict", law, "--params", "1B", "--tokens", "20B")
+    assert "--tokens 20B and --at tokens=... both say tokens" in refusal(capsys, *asked, "--at", "tokens=5B")
+    twice = ("--at", "parameters=1B", "--at", "parameters=2B")
+    assert "parameters is given already" in refusal(capsys, "predict", law, *twice)
+    assert "not two of them" in refusal(capsys, "predict", law, "--flops", "3e20", "--at", "tokens=5B")
+    said = refusal(capsys, *asked, "--unique", "1B")
+    assert "--unique: this law reads no unique_tokens, but parameters, tokens" in said
+    assert refusal(capsys, "predict", law, "--flops", "3e20", "--unique", "1B") == said
+    assert "--seed -1 must be 0 or more" in refusal(capsys, "fit", table, "--seed", -1)
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_fit(
+    law: Path, table: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("perennial.cli._laws.read_for", lambda *_, **__: pytest.fail("the table was read"))
+    (tmp_path / "link.csv").symlink_to(table)
+    (tmp_path / "notes.json").write_text('{"format": "notes"}')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for out, words in (
+        (".", ".: is a folder"),
+        ("", ".: is a folder"),
+        (table, "is read as well and would be overwritten"),
+        ("./link.csv", "is read as well and would be overwritten"),
+        ("notes.json", "is no law file"),
+        ("notes.json/law.json", "there is a file where it needs a folder"),
+        ("/proc/x.json", "/proc/x.json: cannot be written: "),
+        ("x" * 250, "cannot be written: File name too long"),
+    ):
+        said = refusal(capsys, "fit", table, "--form", "tied", "--out", out)
+        assert words in said
+        assert ".tmp" not in said
+    for out in (law, table, tmp_path):
+        assert "error: " in refusal(capsys, "plot", law, "--table", table, "--out", out)
+    page = law.rename(tmp_path / "law.svg")
+    assert "would be overwritten" in refusal(capsys, "plot", page, "--out", page)
+    page.rename(law)
+    assert "is a folder" in refusal(capsys, "ledger", tmp_path, "--out", tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_law_file_may_be_written_again(law: Path, table: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.json").touch()
+    for out in (law, tmp_path / "empty.json", tmp_path / "new" / "folder" / "law.json"):
+        said = ("fit", table, "--column", "parameters=millions:M", "--form", "tied", "--resamples", 20, "--out", out)
+        assert run(*said) == 0
+        assert out.read_text().startswith('{\n  "format": "perennial law"')
+
+
 def test_every_law_is_fitted_and_predicts_its_rows(tmp_path: Path, capsys: Capsys) -> None:
     for name, changes in (
         ("steps_to_target", ()),
