@@ -17,9 +17,10 @@ from typing import Any
 
 from perennial.bench.continual_measures import Measured, Results, over
 from perennial.bench.continual_plan import DEFAULT, TRUNK
+from perennial.bench.continual_runs import BATCH
 from perennial.core.statistics import Interval, mean_interval
 
-PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+PASS, FAIL, NOT_JUDGED, NOT_RUN = "pass", "fail", "not judged", "not run"
 NOISE = 0.01
 """Nats below which a difference in the final loss does not matter: the smallest the papers report."""
 LADDER = (0, 1, 5, 25, 50)
@@ -40,6 +41,8 @@ class Check:
     """The effect that passes."""
     paper: str
     """What the papers report for the same number."""
+    reason: str = ""
+    """Why the effect means nothing where its runs are there; empty where it was judged."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; infinite bounds become null."""
@@ -58,6 +61,7 @@ class Check:
             "seeds": self.effect.count if self.effect else 0,
             "wanted": self.wanted,
             "paper": self.paper,
+            "reason": self.reason,
         }
 
 
@@ -70,12 +74,15 @@ def judged(
     at_least: float = -math.inf,
     at_most: float = math.inf,
     paper: str,
+    unless: str = "",
 ) -> Check:
-    """A check that passes when the effect lies within the bounds."""
+    """A check that passes when the effect lies within the bounds; `unless`: why it is not to be judged, if so."""
     parts = [f"at least {at_least:g}"] * math.isfinite(at_least) + [f"at most {at_most:g}"] * math.isfinite(at_most)
     wanted = " and ".join(parts)
     if effect is None:
         return Check(letter, shift, statement, NOT_RUN, False, None, wanted, paper)
+    if unless:
+        return Check(letter, shift, statement, NOT_JUDGED, False, None, wanted, paper, unless)
     passed = at_least <= effect.estimate <= at_most
     inside = at_least <= effect.low and effect.high <= at_most
     outside = effect.high < at_least or effect.low > at_most
@@ -85,6 +92,38 @@ def judged(
 
 PRESUME_A_SHIFT = frozenset("abcfhj")
 """Checks that mean nothing where old and new text are of one kind: an update forgets nothing there."""
+
+
+def _nothing_forgotten(r: Results, *names: str) -> str:
+    """Why no share of the forgetting without replay can be told, over the seeds that finished these runs too."""
+    runs = r.runs
+    seeds = r.seeds("replay-0", "base", *names)
+    rises = {seed: r.forgetting(runs["replay-0"][seed], runs["base"][seed]) for seed in seeds}
+    return _too_small(rises, "nothing was forgotten")
+
+
+def _no_early_rise(r: Results, *names: str) -> str:
+    """Why no share of the early rise on new data can be told, over the seeds that finished these runs too."""
+    rises = {seed: r.runs["replay-0"][seed].spike(r.old[0]) for seed in r.seeds("replay-0", *names)}
+    return _too_small(rises, "there was no early rise")
+
+
+def _too_small(rises: dict[int, float], what: str) -> str:
+    """Why these rises of the old loss, one per seed, are nothing to divide by; empty where all are above noise."""
+    # The least counts, not the mean: every seed's quotient has its own rise below it.
+    seed = min(rises, key=lambda seed: rises[seed], default=None)
+    if seed is None or rises[seed] >= NOISE:
+        return ""
+    way = "fell by" if rises[seed] < 0 else "rose by only"
+    at = f" at seed {seed}" if len(rises) > 1 else ""
+    return f"{what} (the old loss {way} {abs(rises[seed]):.3f} nats{at})"
+
+
+def _less_than_a_row(r: Results, percent: int) -> str:
+    """Why replay of so many percent is no other run than none at all; empty where it is."""
+    row = BATCH["sequence_length"]
+    short = any(run.tokens * percent < 100 * row for run in r.runs.get(f"replay-{percent}", {}).values())
+    return f"{percent}% of this update is less than one row" if short else ""
 
 
 def all_checks(results: Sequence[Results]) -> list[Check]:
@@ -129,6 +168,7 @@ def _replay(r: Results, where: str, weak: bool) -> Iterator[Check]:
         r.effect(smallest_drop, *names),
         at_least=0.0,
         paper="0.01 and more",
+        unless=_less_than_a_row(r, LADDER[1]),
     )
     for percent, share, paper in ((1, 0.5, ("67 %", "53 %")), (5, 0.7, ("78 %", "71 %"))):
 
@@ -142,6 +182,7 @@ def _replay(r: Results, where: str, weak: bool) -> Iterator[Check]:
             r.effect(removed, "replay-0", f"replay-{percent}", "base"),
             at_least=share,
             paper=paper[not weak],
+            unless=_less_than_a_row(r, percent) or _nothing_forgotten(r, f"replay-{percent}"),
         )
 
     def smallest_rise(*runs: Measured) -> float:
@@ -155,6 +196,7 @@ def _replay(r: Results, where: str, weak: bool) -> Iterator[Check]:
         r.effect(smallest_rise, *names),
         at_least=-NOISE,
         paper="0.00",
+        unless=_less_than_a_row(r, LADDER[1]),
     )
     for percent, paper in ((5, ("0.01", "0.01")), (50, ("0.04", "0.11"))):
         yield judged(
@@ -164,6 +206,7 @@ def _replay(r: Results, where: str, weak: bool) -> Iterator[Check]:
             r.effect(lambda none, some: some.loss(r.new) - none.loss(r.new), "replay-0", f"replay-{percent}"),
             at_least=-NOISE,
             paper=paper[not weak],
+            unless=_less_than_a_row(r, percent),
         )
 
 
@@ -242,6 +285,7 @@ def _warmup(r: Results, where: str) -> Iterator[Check]:
         at_least=0.01,
         at_most=0.6,
         paper="0.29 to 0.44",
+        unless=_no_early_rise(r, "same-data"),
     )
 
 
@@ -279,6 +323,7 @@ def _strong_against_weak(pairs: Sequence[Results]) -> Iterator[Check]:
                 _forgetting_ratio(strong, weak, relative=False),
                 at_least=2.0,
                 paper="5.1",
+                unless=_nothing_forgotten(weak),
             )
 
 
@@ -295,6 +340,7 @@ def _across_sizes(pairs: Sequence[Results]) -> Iterator[Check]:
                 at_least=0.75,
                 at_most=1.33,
                 paper="1.06 (12.4 % at 405M, 13.1 % at 10B)",
+                unless=_nothing_forgotten(first),
             )
 
 
@@ -329,12 +375,10 @@ def _bar(r: Results) -> Iterator[Check]:
                 "bar",
                 where,
                 f"what {name} forgets, as a share of what the same update forgets without replay",
-                r.effect(
-                    r.forgotten_share,
-                    *(name, "replay-0", "base"),
-                ),
+                r.effect(r.forgotten_share, name, "replay-0", "base"),
                 at_most=0.1,
                 paper="0.15 (10 % replay), -0.04 (50 %)",
+                unless=_nothing_forgotten(r, name),
             )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from perennial.bench.continual_checks import FAIL, NOT_RUN, PASS, Check
+from perennial.bench.continual_checks import FAIL, NOT_JUDGED, NOT_RUN, PASS, Check
 from perennial.bench.continual_grid import EVENTS, Node
 from perennial.bench.continual_measures import Measured, Results
 from perennial.core.amounts import human, human_seconds
@@ -68,6 +68,13 @@ def not_run(places: Iterable[tuple[str, str]]) -> str:
     return f"Not run: {told}." if told else ""
 
 
+def verdict_text(verdict: str, *, sure: bool, reason: str) -> str:
+    """'pass', 'fail, not sure', 'not judged: nothing was forgotten (...)'."""
+    if reason:
+        return f"{verdict}: {reason}"
+    return verdict if sure else f"{verdict}, not sure"
+
+
 def checks_text(checks: Sequence[Check]) -> str:
     """The checks as Markdown: verdict, effect with its interval, and the papers' number beside it."""
     lines = [
@@ -77,13 +84,15 @@ def checks_text(checks: Sequence[Check]) -> str:
     for check in checks:
         if check.verdict == NOT_RUN:
             continue
-        verdict = check.verdict if check.sure else f"{check.verdict}, not sure"
+        verdict = verdict_text(check.verdict, sure=check.sure, reason=check.reason)
         effect = check.effect.text() if check.effect else "-"
         cells = (check.letter, check.shift, check.statement, verdict, effect, check.wanted, check.paper)
         lines.append(f"| {' | '.join(cells)} |")
-    counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in (PASS, FAIL, NOT_RUN)}
+    kinds = (PASS, FAIL, NOT_JUDGED, NOT_RUN)
+    counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in kinds}
     left = not_run((check.letter, check.shift) for check in checks if check.verdict == NOT_RUN)
-    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + "."
+    told = [f"{count} {verdict}" for verdict, count in counts.items() if count or verdict != NOT_JUDGED]
+    total = ", ".join(told) + "."
     return "\n".join([*lines, "", total, *([left] if left else [])])
 
 

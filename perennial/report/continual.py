@@ -10,7 +10,7 @@ import numpy as np
 
 from perennial import __version__
 from perennial.bench.continual_checks import FAIL, NOT_RUN, PASS
-from perennial.bench.continual_summary import not_run
+from perennial.bench.continual_summary import not_run, verdict_text
 from perennial.core.files import write_text
 from perennial.report.charts import Line
 from perennial.report.frontier import Point, frontier_chart
@@ -59,7 +59,7 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
     columns = [
         Column("What", [escape(check["statement"]) for check in checks], text=True, wrap=True),
         Column("Shift", [escape(check["shift"]) for check in checks], text=True, wrap=True),
-        Column("Verdict", [_verdict(check) for check in checks], text=True),
+        Column("Verdict", [_verdict(check) for check in checks], text=True, wrap=True),
         Column("Effect", [_interval(_effect(check)) for check in checks]),
         Column("Wanted", [escape(check["wanted"]) for check in checks], text=True, wrap=True),
         Column("Papers", [escape(check["paper"]) for check in checks], text=True, wrap=True),
@@ -70,8 +70,9 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _verdict(check: Mapping[str, Any]) -> str:
-    words = check["verdict"] + ("" if check["sure"] else ", not sure")
-    return f'<span style="color:var(--{_VERDICTS[check["verdict"]]})">{escape(words)}</span>'
+    words = escape(verdict_text(check["verdict"], sure=check["sure"], reason=check["reason"]))
+    color = _VERDICTS.get(check["verdict"])
+    return f'<span style="color:var(--{color})">{words}</span>' if color else words
 
 
 def _effect(check: Mapping[str, Any]) -> list[float | None] | None:

@@ -16,12 +16,12 @@ import pytest
 
 from perennial.bench import continual_text
 from perennial.bench.continual import Experiment, run_experiment
-from perennial.bench.continual_checks import FAIL, NOT_RUN, PASS, Check, all_checks, judged
+from perennial.bench.continual_checks import FAIL, NOT_JUDGED, NOT_RUN, PASS, Check, all_checks, judged
 from perennial.bench.continual_grid import BUSY, EVENTS, FREE, WAITING, Grid, Node, lock, needed, nodes_of
 from perennial.bench.continual_measures import Measured, Results
 from perennial.bench.continual_plan import pair_runs, stream_runs
 from perennial.bench.continual_runs import Scale, recipe
-from perennial.bench.continual_summary import checks_text
+from perennial.bench.continual_summary import checks_text, summary_text
 from perennial.bench.continual_text import Reading, fullest_years, half_of, own_shift, prepare_shift, standard_shifts
 from perennial.cli.main import main
 from perennial.core.errors import UserError
@@ -275,7 +275,7 @@ def measured(name: str, old: float, new: float, seed: int = 0, **changes: Any) -
         "before": {},
         "curve": [(0, {"old": 5.0, "new": 7.0}), (100, after)],
         "bits_per_byte": after,
-        "tokens": 100,
+        "tokens": 25_600,
         "flops": 100.0,
         "seconds": 1.0,
         "stage_ends": [after],
@@ -326,6 +326,57 @@ def test_without_a_shift_nothing_is_judged_that_presumes_one() -> None:
     letters = {check.letter for check in all_checks([results("none", **{"bar-default-50": (5.0, 3.1)})])}
     assert letters == {"d", "e", "g", "i", "bar"}
     assert letters | {"a", "b", "f", "h"} == {c.letter for c in all_checks([results(**{"bar-default-50": (5.0, 3.1)})])}
+
+
+def test_shares_of_the_forgetting_are_not_judged_where_a_seed_forgot_nothing() -> None:
+    """Else the quotient's denominator is noise, or negative: 'fail, 0.000' of a shift that costs nothing."""
+    bar = {"bar-default-50": (4.8, 3.1)}
+    calm = results(**{"replay-0": (4.9, 3.0), **bar})
+    checks = all_checks([calm, replace(results("strong"), shift="old-other"), replace(results(), preset="4m")])
+    calm_checks = [c for c in checks if c.shift.startswith("old-new, 1m")]
+    shares = [of(calm_checks, "a", " 1 %"), of(calm_checks, "a", " 5 %"), of(calm_checks, "bar", "forgets")]
+    for check in (*shares, of(checks, "c"), of(checks, "j")):
+        assert (check.verdict, check.sure, check.effect) == (NOT_JUDGED, False, None)
+        assert check.reason == "nothing was forgotten (the old loss fell by 0.100 nats at seed 0)"
+    assert of(calm_checks, "bar", "average loss").verdict == PASS
+    assert of(calm_checks, "a", "every step").verdict == FAIL
+
+    little = replace(calm, runs={**calm.runs, "replay-0": {0: measured("replay-0", 5.004, 3.0)}})
+    told = of(all_checks([little]), "a", " 5 %").reason
+    assert told == "nothing was forgotten (the old loss rose by only 0.004 nats)"
+    assert of(all_checks([results()]), "a", " 5 %").reason == ""
+
+
+def test_a_share_of_an_early_rise_is_not_judged_where_there_was_none() -> None:
+    curve = [(0, {"old": 5.0, "new": 7.0}), (20, {"old": 4.9, "new": 6.0}), (100, {"old": 5.5, "new": 4.0})]
+    one = results(seeds=1, **{"same-data": (5.0, 7.0)})
+    one.runs["replay-0"][0] = measured("replay-0", 6.0, 3.0, curve=curve)
+    check = of(all_checks([one]), "h")
+    assert (check.verdict, check.reason) == (
+        NOT_JUDGED,
+        "there was no early rise (the old loss rose by only 0.000 nats)",
+    )
+
+
+def test_replay_of_less_than_a_row_is_not_judged() -> None:
+    """1% of 64 rows is no row: the run is the one without replay, to the last digit."""
+    tiny = results(**{"replay-1": (6.0, 3.0)})
+    tiny.runs["replay-1"] = {seed: replace(run, tokens=8192) for seed, run in tiny.runs["replay-1"].items()}
+    checks = all_checks([tiny])
+    for check in (of(checks, "a", " 1 %"), of(checks, "a", "every step"), of(checks, "b", "smallest step")):
+        assert (check.verdict, check.reason) == (NOT_JUDGED, "1% of this update is less than one row")
+    assert of(checks, "a", " 5 %").verdict == PASS
+
+
+def test_what_was_not_judged_is_told_with_its_reason() -> None:
+    checks = [c for c in all_checks([results(**{"replay-0": (4.9, 3.0)})]) if c.letter in ("a", "d")]
+    reason = "not judged: nothing was forgotten (the old loss fell by 0.100 nats at seed 0)"
+    text = summary_text({}, checks, {})
+    assert text.count(f"| {reason} | - |") == 2
+    assert "1 pass, 1 fail, 2 not judged, 0 not run." in text
+    summary = {"checks": [c.to_json() for c in checks], "tables": {}, "peaks": {}, "manifest": {"done": 0, "runs": []}}
+    assert render(json.loads(json.dumps(summary))).count(reason) == 2
+    assert "not judged" not in checks_text(all_checks([results()]))
 
 
 def test_checks_that_were_not_run_are_one_sentence() -> None:
