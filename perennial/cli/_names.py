@@ -1,8 +1,9 @@
-"""NAME=PATH arguments, shared by the commands that take them (not a command itself)."""
+"""NAME=PATH and 'NAME KEY=VALUE ...' arguments, shared by the commands that take them (not a command itself)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from perennial.core.errors import UserError
 
@@ -18,3 +19,14 @@ def named_paths(option: str, values: list[str]) -> dict[str, Path]:
             raise UserError(f"{option}: the name '{name}' is given twice")
         result[name] = Path(path)
     return result
+
+
+def component(option: str, text: str) -> str | dict[str, Any]:
+    """'length min_bytes=200' as a component with its settings; a name alone stays one. Raises UserError."""
+    from perennial.core.settings import override
+
+    name, *pairs = text.split() or [""]
+    try:
+        return override({"name": name}, pairs) if pairs else name
+    except UserError as error:
+        raise UserError(f"{option} {text!r}: {error}") from None

@@ -37,7 +37,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--max-document-bytes", type=int, metavar="N", help="longer documents are cut at paragraph ends"
     )
     parser.add_argument(
-        "--reader", default="auto", metavar="NAME", help="how to read the inputs (default: by their suffix)"
+        "--reader",
+        default="auto",
+        metavar="'NAME KEY=VALUE ...'",
+        help="how to read the inputs (default: by their suffix); 'text broken=drop' leaves out what cannot be read; "
+        "see: perennial list readers",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads that tokenize (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
@@ -49,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     import os
     from pathlib import Path
 
+    from perennial.cli._names import component
     from perennial.core.errors import UserError
     from perennial.core.progress import Progress
     from perennial.core.settings import check, raise_problems
@@ -62,14 +67,14 @@ def run(args: argparse.Namespace) -> int:
         "name": args.name or Path(args.out).resolve().name,
         "inputs": args.inputs,
         "tokenizer": args.tokenizer,
-        "reader": args.reader,
+        "reader": component("--reader", args.reader),
         "text_field": args.text_field,
         "id_field": args.id_field,
         "metadata_fields": args.metadata_field,
         "validation": args.validation,
         "split_by": args.split_by,
         "against": args.against,
-        "filters": [_filter(text) for text in args.filter],
+        "filters": [component("--filter", text) for text in args.filter],
         "max_document_bytes": args.max_document_bytes,
     }
     settings, problems = check(PrepareSettings, {key: value for key, value in given.items() if value is not None})
@@ -79,18 +84,6 @@ def run(args: argparse.Namespace) -> int:
         manifest = prepare(settings, Path(args.out), progress=progress)
     print(json.dumps(manifest, indent=2) if args.json else _text(manifest, args.out))
     return 0
-
-
-def _filter(text: str) -> dict[str, Any]:
-    """'length min_bytes=200' as the settings of a filter."""
-    from perennial.core.errors import UserError
-    from perennial.core.settings import override
-
-    name, *pairs = text.split() or [""]
-    try:
-        return override({"name": name}, pairs)
-    except UserError as error:
-        raise UserError(f"--filter {text!r}: {error}") from None
 
 
 def _text(manifest: dict[str, Any], out: str) -> str:

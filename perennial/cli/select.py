@@ -24,7 +24,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sequence-length", type=int, metavar="T", help="default: as in the checkpoint's training")
     parser.add_argument("--text-field", default="text", help="field with the text in .jsonl and .parquet files")
-    parser.add_argument("--reader", default="auto", metavar="NAME", help="reader of raw text (default: by its suffix)")
+    parser.add_argument(
+        "--reader",
+        default="auto",
+        metavar="'NAME KEY=VALUE ...'",
+        help="reader of raw text (default: by its suffix); see: perennial list readers",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -33,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
+    from perennial.cli._names import component
     from perennial.core.errors import UserError
     from perennial.train.selecting import select, to_text
 
@@ -46,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         of=args.of,
         which=args.which,
         text_field=args.text_field,
-        reader=args.reader,
+        reader=component("--reader", args.reader),
         sequence_length=args.sequence_length,
         quiet=args.json,
     )

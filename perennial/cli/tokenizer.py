@@ -16,7 +16,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; must not exist")
     train.add_argument("--text-field", default="text", help="field with the text in .jsonl and .parquet files")
     train.add_argument(
-        "--reader", default="auto", metavar="NAME", help="how to read the inputs (default: by their suffix)"
+        "--reader",
+        default="auto",
+        metavar="'NAME KEY=VALUE ...'",
+        help="how to read the inputs (default: by their suffix); see: perennial list readers",
     )
     train.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -26,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
+    from perennial.cli._names import component
     from perennial.core.progress import Progress
     from perennial.data.tokenizers.train import train_tokenizer
 
@@ -34,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             args.inputs,
             Path(args.out),
             vocabulary_size=args.vocabulary_size,
-            reader=args.reader,
+            reader=component("--reader", args.reader),
             text_field=args.text_field,
             progress=progress,
         )

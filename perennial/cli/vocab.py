@@ -51,7 +51,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     extend.add_argument("--text-field", default="text", help="field with the text in .jsonl and .parquet files")
     extend.add_argument(
-        "--reader", default="auto", metavar="NAME", help="how to read the texts (default: by their suffix)"
+        "--reader",
+        default="auto",
+        metavar="'NAME KEY=VALUE ...'",
+        help="how to read the texts (default: by their suffix); see: perennial list readers",
     )
     extend.add_argument("--seed", type=int, default=0, help="for rows that are drawn (default: 0)")
     extend.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from perennial.cli._names import named_paths
+    from perennial.cli._names import component, named_paths
     from perennial.data.tokenizers.extend import TextReading
     from perennial.train.extending import Asked, extend_vocabulary, to_text
 
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         init=args.init,
         pad_to=args.pad_to,
         seed=args.seed,
-        reading=TextReading(reader=args.reader, text_field=args.text_field),
+        reading=TextReading(reader=component("--reader", args.reader), text_field=args.text_field),
     )
     data, out = named_paths("--data", args.data), Path(args.out)
     how = {"train_rows": args.train_rows, "validation": args.validation, "quiet": args.json}

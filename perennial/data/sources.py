@@ -17,6 +17,8 @@ from perennial.data.documents import FILE_START, Document, Fields, Position
 from perennial.data.readers.base import Reader, absent_field
 
 AUTO = "auto"
+AnyReader = Reader | str | dict[str, Any]
+"""'auto' (by suffix), a reader's name, a mapping with 'name' and its settings, or a reader."""
 CHECKSUM_BYTES = 4 << 30
 """Inputs up to this size are known by their contents as well: reading them once more takes seconds."""
 _METADATA_CHECK_DOCUMENTS = 1000
@@ -82,8 +84,8 @@ class Place(NamedTuple):
 BEGINNING = Place()
 
 
-def survey(paths: Sequence[str | Path], reader: Reader | str) -> list[Input]:
-    """Looks at every file of the inputs. `reader` is 'auto', a reader's name, or a reader.
+def survey(paths: Sequence[str | Path], reader: AnyReader) -> list[Input]:
+    """Looks at every file of the inputs.
 
     Raises UserError for what is missing, empty or of no known format.
     """

@@ -30,8 +30,7 @@ from perennial.core.errors import UserError
 from perennial.core.progress import Progress
 from perennial.data.corpus import Corpus
 from perennial.data.documents import Fields, is_blank
-from perennial.data.readers.base import Reader
-from perennial.data.sources import AUTO, documents, survey
+from perennial.data.sources import AUTO, AnyReader, documents, survey
 from perennial.data.tokenizers.extend import decoded
 from perennial.data.tokenizers.folder import TokenizerFolder
 from perennial.data.tokenizers.vocabulary import Cutter
@@ -69,7 +68,7 @@ def select(
     of: str | None = None,
     which: Which = "lowest",
     text_field: str = "text",
-    reader: Reader | str = AUTO,
+    reader: AnyReader = AUTO,
     sequence_length: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -155,7 +154,7 @@ class _Text:
 
     source: Path
     field: str
-    reader: Reader | str
+    reader: AnyReader
     drawn: NDArray[np.bool_] | None = None
     """The documents of a prepared corpus that count; None: all."""
 

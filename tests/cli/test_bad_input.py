@@ -8,6 +8,7 @@ import fcntl
 import gzip
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,26 @@ def test_raw_text_that_cannot_be_read(
     assert all(word in error for word in words), error
 
 
+def test_what_the_error_of_an_unreadable_text_says_to_do_works(
+    workspace: Workspace, refused: Refused, tmp_path: Path, capsys: Capsys
+) -> None:
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "latin.txt").write_bytes("Stra\xdfe".encode("latin-1"))
+    for number in range(20):
+        (mixed / f"{number}.txt").write_text(f"The {number} houses of the street stand in a row.\n" * 3)
+    prepare = ["prepare", "mixed", "--tokenizer", str(workspace.tokenizer), "--validation", "20%", "--json"]
+    advice = "leave such files out: perennial prepare "
+    error = refused(*prepare, "--out", "corpus")
+    assert advice in error
+    assert main.main([*prepare, "--out", "corpus", *shlex.split(error.partition(advice)[2])]) == 0
+    counts = json.loads(capsys.readouterr().out)["counts"]
+    assert (counts["kept"], counts["dropped"]) == (20, {"not UTF-8": 1})
+    train = ["tokenizer", "train", "mixed", "--vocabulary-size", "280", "--out", "trained"]
+    refused(*train)
+    assert main.main([*train, "--reader", "text broken=drop"]) == 0
+
+
 @pytest.mark.parametrize("command", ["tokenizer", "prepare", "continue"])
 def test_missing_and_empty_places(
     workspace: Workspace, base: Path, refused: Refused, tmp_path: Path, command: str
@@ -172,6 +193,10 @@ def test_missing_and_empty_places(
         (["--filter", ""], ["1 problem", "filters"]),
         (["--filter", "length 300"], ["--filter 'length 300'", "key=value"]),
         (["--filter", "length min_bytes=["], ["--filter", "not valid YAML"]),
+        (["--reader", ""], ["1 problem", "reader"]),
+        (["--reader", "text drop"], ["--reader 'text drop'", "key=value"]),
+        (["--reader", "text broken=dorp"], ["reader: broken", "Did you mean 'drop'?"]),
+        (["--reader", "text borken=drop"], ["unknown setting 'borken'", "Did you mean 'broken'?"]),
         (["--max-document-bytes", "1"], ["max_document_bytes", "greater than or equal to 64"]),
         (["--out", "taken"], ["taken: holds something that is not a prepared corpus", "another place"]),
         (["--out", "taken/precious.txt"], ["precious.txt: holds something", "another place"]),

@@ -73,6 +73,6 @@ class Text(Reader):
             text = (data.removeprefix(codecs.BOM_UTF8) if offset == 0 else data).decode()
         except UnicodeDecodeError as error:
             where = f"byte 0x{data[error.start]:02x} at offset {offset + error.start}"
-            hint = "convert the file to UTF-8, or set 'broken: drop' in the text reader to leave such files out"
+            hint = "convert the file to UTF-8, or leave such files out: perennial prepare --reader 'text broken=drop'"
             return self.reject(path, name, piece, f"not UTF-8: {where}; {hint}")
         return Document(text, identity, metadata, str(path), piece)

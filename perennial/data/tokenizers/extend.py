@@ -41,8 +41,7 @@ from perennial.core.errors import UserError
 from perennial.core.files import write_text
 from perennial.data.corpus import Corpus, Split
 from perennial.data.documents import Fields, content_digest, cut, is_blank
-from perennial.data.readers.base import Reader
-from perennial.data.sources import AUTO, documents, survey
+from perennial.data.sources import AUTO, AnyReader, documents, survey
 from perennial.data.splits import TRAIN, split_of
 from perennial.data.tokenizers.folder import TOKENIZER, TokenizerFolder
 from perennial.data.tokenizers.merging import Pairs, Queue, Words, pair_key, pair_keys, pair_of
@@ -142,7 +141,7 @@ class Extension:
 class TextReading:
     """How texts are read."""
 
-    reader: Reader | str = AUTO
+    reader: AnyReader = AUTO
     text_field: str = "text"
     sample_bytes: int = 32 << 20
     """Most new text to learn from, spread over the whole; without word borders it takes 90 times that in memory."""

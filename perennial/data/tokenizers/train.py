@@ -19,8 +19,7 @@ from perennial.core import files
 from perennial.core.amounts import human_bytes
 from perennial.core.errors import UserError
 from perennial.data.documents import Fields, content_digest, cut
-from perennial.data.readers.base import Reader
-from perennial.data.sources import AUTO, Input, documents, survey
+from perennial.data.sources import AUTO, AnyReader, Input, documents, survey
 from perennial.data.splits import TRAIN, split_of
 from perennial.data.tokenizers.folder import CONFIG, SPECIAL_TOKENS, TOKENIZER, TokenizerFolder
 
@@ -41,7 +40,7 @@ def train_tokenizer(
     out: Path,
     *,
     vocabulary_size: int,
-    reader: Reader | str = AUTO,
+    reader: AnyReader = AUTO,
     text_field: str = "text",
     sample_bytes: int = 256 << 20,
     progress: Callable[[int, int, str], None] | None = None,
