@@ -1,7 +1,8 @@
 """Runs side by side: what each gained, forgot and cost, against its parent, plain training and retraining.
 
 Terms, for a run that continues a parent checkpoint:
-  old corpora       those that the parent or its ancestors trained on
+  old corpora       those that the parent or its ancestors trained on, or what stands in for them; of these the ones
+                    that every run with a parent was evaluated on which calls them old, so that all count the same
   new corpora       those that the run trained on and no ancestor did
   forgetting        mean over old corpora of (loss after - loss before); positive is worse
   adaptation        mean over new corpora of (loss before - loss after); positive is better
@@ -25,7 +26,7 @@ from typing import Any
 
 from perennial.core.amounts import human
 from perennial.core.errors import UserError
-from perennial.report.rows import ALL, COUNTED, NEW, OLD, OTHER, Comparison, Row, value
+from perennial.report.rows import ALL, COUNTED, NEW, OLD, OTHER, ROLES, UNCOUNTED, Comparison, Row, value
 from perennial.report.runs import Loss, Run, Stage, mean, progress_text, read_run
 
 __all__ = ["Comparison", "Row", "compare"]
@@ -107,6 +108,7 @@ class _Comparer:
         self.runs = [self.names.shared(run) for run in runs]
         self.notes: list[str] = []
         self.evaluated = {name for run in self.runs for name in run.after}
+        self.own_roles, self.not_evaluated, self.old_is_shared = self._counted_roles()
         self.shared_roles = self._shared_roles()
         self.unit = "bits_per_byte" if self._tokenizers_differ() else "nats_per_token"
 
@@ -125,7 +127,7 @@ class _Comparer:
         same_roles = all(c == counted[0] for c in counted)
         self._notes(rows, same_roles)
         corpora = dict.fromkeys(name for row in rows for name in (*row.roles, *row.after))
-        order = sorted(corpora, key=lambda n: [OLD, NEW, ALL, OTHER].index(self.shared_roles.get(n, OTHER)))
+        order = sorted(corpora, key=lambda n: ROLES.index(self.shared_roles.get(n, OTHER)))
         return Comparison(tuple(rows), tuple(order), self.unit, same_roles, tuple(self.notes))
 
     # Roles
@@ -149,17 +151,54 @@ class _Comparer:
             roles.setdefault(name, NEW)
         return {name: role for name, role in roles.items() if name in self.evaluated}
 
+    def _counted_roles(self) -> tuple[dict[Path, dict[str, str]], dict[Path, list[str]], bool]:
+        """Run folder -> roles, and -> old corpora that the run was not evaluated on, of runs with a parent.
+
+        What one of them was not evaluated on counts for none, so that their old losses are of one text (True); where
+        that leaves a run without any, each counts what it was evaluated on itself (False).
+        """
+        runs = [run for run in self.runs if run.parent]
+        roles = {run.folder: self._own_roles(run) for run in runs}
+        old = {folder: set(_with_role(own, OLD)) for folder, own in roles.items()}
+        measured = {run.folder: {*run.before, *run.after} for run in runs}
+        # A run that measured nothing old keeps its roles: another note says that its averages are not known.
+        missing = {folder: old[folder] - found for folder, found in measured.items() if old[folder] & found}
+        unmeasured = {name for names in missing.values() for name in names}
+        shared = all(old[folder] - unmeasured for folder in missing)
+        without = dict.fromkeys(missing, unmeasured) if shared else missing
+        counted = {
+            folder: {n: UNCOUNTED if role == OLD and n in without.get(folder, ()) else role for n, role in own.items()}
+            for folder, own in roles.items()
+        }
+        return counted, {folder: sorted(names) for folder, names in missing.items() if names}, shared
+
+    def _base_roles(self, run: Run, children: Sequence[Run]) -> dict[str, str]:
+        """Roles for a parent without one of its own: its children's, which are compared with it.
+
+        Where these count different text as old, what the parent itself trained on.
+        """
+        theirs = [self.own_roles[child.folder] for child in children]
+        roles = {name: role for own in theirs for name, role in own.items()}
+        old = [set(_with_role(own, OLD)) for own in theirs]
+        if all(names == old[0] for names in old):
+            return roles
+        trained = set(self.names.consumed(run.stages))
+        return {n: OLD if n in trained else role for n, role in roles.items() if n in trained or role == NEW}
+
     def _shared_roles(self) -> dict[str, str]:
         """Roles for rows without a parent: those of the runs that continue, the longest lineage deciding."""
         roles: dict[str, str] = {}
         for run in sorted((r for r in self.runs if r.parent), key=lambda r: len(r.ancestors)):
-            roles.update(self._own_roles(run))
+            roles.update(self.own_roles[run.folder])
         if not roles:
             roles = dict.fromkeys((name for run in self.runs for name in run.after), ALL)
         return roles
 
-    def _roles(self, run: Run, evaluated: Iterable[str]) -> dict[str, str]:
-        roles = self._own_roles(run) if run.parent else dict(self.shared_roles)
+    def _roles(self, run: Run, evaluated: Iterable[str], children: Sequence[Run] = ()) -> dict[str, str]:
+        if run.parent:
+            roles = self.own_roles[run.folder]
+        else:
+            roles = self._base_roles(run, children) if children else self.shared_roles
         return {**roles, **{name: OTHER for name in evaluated if name not in roles}}
 
     # Rows
@@ -171,7 +210,7 @@ class _Comparer:
         for child in children:  # what the parent's own run did not measure, its child did at its start
             for name, loss in child.before.items():
                 after.setdefault(name, loss)
-        roles = self._roles(run, after)
+        roles = self._roles(run, after, children)
         own_flops = run.flops if run.flops or run.tokens == 0 else None
         return self._filled(
             Row(
@@ -324,16 +363,16 @@ class _Comparer:
         """A finished continuation without anything old in its mixture."""
         if row.run is None or not row.finished or not row.continued or row.forgetting is None:
             return False
-        return not set(self.names.consumed(row.run.stages)) & set(row.names(OLD))
+        return not set(self.names.consumed(row.run.stages)) & {*row.names(OLD), *row.names(UNCOUNTED)}
 
     def _with_baseline(self, row: Row, rows: list[Row]) -> Row:
-        needed = {*row.names(OLD), *row.names(NEW)}
+        needed = {*row.names(OLD), *row.names(NEW), *row.names(UNCOUNTED)}
         if not row.continued or not row.finished or row.run is None or not needed:
             return row
         candidates = [r for r in rows if self._is_retrained(r, needed) and r.flops]
         if not candidates:
             return row
-        counted = [n for n in row.after if n in needed]
+        counted = [n for n in row.after if row.roles[n] in COUNTED]
 
         def average(other: Row) -> float:
             known = value(_mean_of(other.after, counted), self.unit)
@@ -385,6 +424,11 @@ class _Comparer:
         self.notes += _different_text(rows)
         self.notes += _different_base(rows, self.labels)
         self.notes += _not_evaluated(rows)
+        whose = "all rows" if self.old_is_shared else "this row"
+        for run, label in zip(self.runs, self.labels, strict=True):
+            if names := self.not_evaluated.get(run.folder):
+                told = f"so the old and average losses of {whose} leave that out"
+                self.notes.append(f"{label} was not evaluated on {_listed(names)}, which is old to it, {told}.")
         consumed = self.names.consumed(s for run in self.runs for s in (*run.ancestors, *run.stages))
         unknown = [name for name in consumed if name not in self.evaluated]
         if unknown:
@@ -414,6 +458,10 @@ class _Comparer:
                 f"No finished run was trained from random weights on the old and the new corpora, so the compute saved "
                 f"is not known for {_listed(alone)}."
             )
+
+
+def _with_role(roles: dict[str, str], role: str) -> list[str]:
+    return [name for name, its in roles.items() if its == role]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from perennial.core.amounts import human, human_seconds
 from perennial.report.runs import Loss, Run
 
-OLD, NEW, ALL, OTHER = "old", "new", "all", "other"
+OLD, NEW, ALL, UNCOUNTED, OTHER = "old", "new", "all", "old, not counted", "other"
+ROLES = (OLD, NEW, ALL, UNCOUNTED, OTHER)
 COUNTED = (OLD, NEW, ALL)
 _VISIBLE = 0.05
 """Smallest share of a chart's width at which the course of a run can still be seen."""
@@ -37,7 +38,8 @@ class Row:
     parent: str | None
     parent_label: str | None
     roles: dict[str, str]
-    """Corpus -> 'old', 'new', 'all' (nothing is continued) or 'other' (evaluated, not counted)."""
+    """Corpus -> 'old', 'new', 'all' (nothing is continued), 'old, not counted' (not evaluated on by every run that
+    continues what trained on it) or 'other' (evaluated, not counted)."""
     before: dict[str, Loss]
     after: dict[str, Loss]
     old: Loss | None

@@ -12,6 +12,7 @@ import pytest
 from perennial.core.errors import UserError
 from perennial.core.records import Recorder
 from perennial.report.comparison import Comparison, compare
+from perennial.report.page import render as page
 from perennial.report.rows import Row, value
 from perennial.report.runs import Loss, mean, read_run
 
@@ -192,6 +193,83 @@ def test_generations(tmp_path: Path) -> None:
     assert not comparison.same_roles
     assert any("from row to row" in note for note in comparison.notes)
     assert comparison.best("average") == set()
+
+
+def test_a_base_is_compared_with_the_runs_that_continue_it_on_what_those_call_old(tmp_path: Path) -> None:
+    """Not on what only later generations, which it is no parent of, call old: it never saw that."""
+    base = base_run(tmp_path, old=4.5, new=6.0, third=7.0)
+    first = write_run(tmp_path, update("first", base, REPLAY, old=4.7, new=4.1, third=6.9), parent=base)
+    mixture = [Draw("third", 0.6), Draw("old", 0.2, "replay"), Draw("new", 0.2, "replay")]
+    second = write_run(tmp_path, update("second", first, mixture, old=4.8, new=4.3, third=4.0), parent=first)
+    comparison = compare([base.folder, first.folder, second.folder])
+    row = row_of(comparison, "base")
+    assert row.roles == row_of(comparison, "first").roles == {"old": "old", "new": "new", "third": "other"}
+    assert nats(row.old) == pytest.approx(4.5)
+    assert nats(row.average) == pytest.approx(5.25)
+    assert nats(row_of(comparison, "second").old) == pytest.approx(4.55)
+    assert any("from row to row" in note for note in comparison.notes)
+
+
+# Old text that was not measured everywhere
+
+
+def stand_in(run: Written, name: str) -> None:
+    """Marks a corpus of the run as standing in for what its parent trained on."""
+    path = run.folder / "resolved.json"
+    resolved = json.loads(path.read_text(encoding="utf-8"))
+    resolved["corpora"][name]["stands_in"] = True
+    path.write_text(json.dumps(resolved), encoding="utf-8")
+
+
+STANDING_IN = [Draw("new", 0.75), Draw("third", 0.25, "replay")]
+
+
+def test_a_stand_in_is_the_old_text_of_all_rows_where_the_parents_own_is_gone(tmp_path: Path) -> None:
+    base = base_run(tmp_path, old=4.5, new=6.0)
+    child = write_run(
+        tmp_path, Plan("g", {"third": (5.0, 5.2), "new": (6.0, 4.1)}, STANDING_IN, TOKENS, RATES), parent=base
+    )
+    stand_in(child, "third")
+    alone, both = compare([child.folder]), compare([base.folder, child.folder])
+    for comparison in (alone, both):
+        assert comparison.same_roles
+        assert nats(row_of(comparison, "base").old) == pytest.approx(5.0)
+        assert nats(row_of(comparison, "g").old) == pytest.approx(5.2)
+        assert nats(row_of(comparison, "g").average) == pytest.approx(4.65)
+        assert nats(row_of(comparison, "g").forgetting) == pytest.approx(0.2)
+    assert row_of(both, "base").roles == {"old": "old, not counted", "third": "old", "new": "new"}
+    told = "g was not evaluated on old, which is old to it, so the old and average losses of all rows leave that out."
+    assert [note for note in both.notes if "not evaluated" in note] == [told]
+    assert "old, not counted" in page(both)
+
+
+def test_where_updates_share_no_old_text_each_has_its_own_and_the_base_what_it_saw(tmp_path: Path) -> None:
+    base = base_run(tmp_path, old=4.5, new=6.0)
+    plan = Plan("g", {"third": (5.0, 5.2), "new": (6.0, 4.1)}, STANDING_IN, TOKENS, RATES)
+    child = write_run(tmp_path, plan, parent=base)
+    stand_in(child, "third")
+    other = write_run(tmp_path, update("c", base, REPLAY, old=4.7, new=4.2), parent=base)
+    comparison = compare([base.folder, child.folder, other.folder])
+    assert not comparison.same_roles
+    assert [nats(row_of(comparison, label).old) for label in ("base", "g", "c")] == pytest.approx([4.5, 5.2, 4.7])
+    assert any("from row to row" in note for note in comparison.notes)
+    assert any(note.startswith("g was not evaluated on old") and "this row" in note for note in comparison.notes)
+
+
+def test_old_text_that_is_not_counted_is_still_replay(tmp_path: Path) -> None:
+    losses = {"old": (8.0, 4.5), "third": (8.0, 4.0), "new": (8.0, 6.0)}
+    mixture = [Draw("old", 0.5), Draw("third", 0.5)]
+    base = write_run(tmp_path, Plan("base", losses, mixture, TOKENS, (0.0, 1e-3, 1e-4)))
+    replays = write_run(tmp_path, update("replays", base, REPLAY, old=4.6, third=4.1, new=4.2), parent=base)
+    plain = write_run(tmp_path, update("plain", base, FRESH, third=5.0, new=4.1), parent=base)
+    only = Plan("only", {"third": (8.0, 4.1), "new": (8.0, 4.2)}, [Draw("third", 0.5), Draw("new", 0.5)], TOKENS, RATES)
+    retrained = write_run(tmp_path, only)
+    comparison = compare([run.folder for run in (base, replays, plain, retrained)])
+    row = row_of(comparison, "replays")
+    assert comparison.same_roles
+    assert nats(row.old) == pytest.approx(4.1)
+    assert (row.forgetting_reference, row.forgetting_removed) == ("plain", pytest.approx(0.9))
+    assert row.baseline is None, "'only' never saw all of the old text"
 
 
 # One run, no parents

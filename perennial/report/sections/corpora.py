@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from perennial.report.markup import UNIT_NAMES, Column, Footnotes, change, escape, in_unit, run_label, table
-from perennial.report.rows import ALL, NEW, OLD, OTHER, Comparison, Row, value
+from perennial.report.rows import ALL, NEW, OLD, OTHER, UNCOUNTED, Comparison, Row, value
 from perennial.report.sections.base import Section
 
-_WORDS = {OLD: "old", NEW: "new", ALL: "", OTHER: "held out"}
+_WORDS = {OLD: "old", NEW: "new", ALL: "", UNCOUNTED: UNCOUNTED, OTHER: "held out"}
 
 
 class Corpora(Section):
