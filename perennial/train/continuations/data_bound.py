@@ -54,10 +54,12 @@ class DataBound(Continuation):
         epochs = situation.epochs
         if epochs is not None and epochs > self.max_epochs:
             most = f"{int(situation.tokens * self.max_epochs / epochs)} tokens"
+            names = " and ".join(f"'{name}'" for name in situation.fresh)
+            of = f"the shortest of {names}" if len(situation.fresh) > 1 else names
             raise UserError(
-                f"{situation.option} data_bound: the budget asks for {epochs:.1f} passes over the new text, at most "
-                f"{self.max_epochs:g} are worth it; lower --tokens to {most}, give more text, or take "
-                f"--recipe '{{name: data_bound, max_epochs: {math.ceil(epochs)}}}'"
+                f"--tokens {situation.budget}: {epochs:.1f} passes over {of}, of which at most {self.max_epochs:g} are "
+                f"worth it (recipe data_bound); lower it to {most}, give more text, or set {situation.option} "
+                f"'{{name: data_bound, max_epochs: {math.ceil(epochs)}}}'"
             )
         made = stage(UPDATE, str(situation.budget), situation.mixture(), schedule)
         made |= {"optimizer": with_decay(situation.optimizer, decay), "max_epochs": self.max_epochs}
