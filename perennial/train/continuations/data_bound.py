@@ -57,9 +57,9 @@ class DataBound(Continuation):
             names = " and ".join(f"'{name}'" for name in situation.fresh)
             of = f"the shortest of {names}" if len(situation.fresh) > 1 else names
             raise UserError(
-                f"--tokens {situation.budget}: {epochs:.1f} passes over {of}, of which at most {self.max_epochs:g} are "
-                f"worth it (recipe data_bound); lower it to {most}, give more text, or set {situation.option} "
-                f"'{{name: data_bound, max_epochs: {math.ceil(epochs)}}}'"
+                f"--tokens {situation.budget}: {epochs:.3g} passes over {of}, of which at most {self.max_epochs:g} are "
+                f"worth it (recipe data_bound); lower it to {most}, give more text, or raise its max_epochs with "
+                f"{situation.option} '{{name: data_bound, max_epochs: {math.ceil(epochs):.3g}}}'"
             )
         made = stage(UPDATE, str(situation.budget), situation.mixture(), schedule)
         made |= {"optimizer": with_decay(situation.optimizer, decay), "max_epochs": self.max_epochs}
